@@ -1,0 +1,62 @@
+"""Dense linear algebra that several solvers share. Tensors in, tensors out, float64; leading dimensions are batches."""
+
+import torch
+from torch import Tensor
+
+from featherweight.errors import SolveError
+
+LADDER = 8  # damping is raised tenfold at most this many times
+
+
+def damped(gram: Tensor, damp: float) -> Tensor:
+    """gram + damp * mean(diag(gram)) * I per matrix; the identity where a matrix is all zero (no input was ever
+    non-zero there, so every choice is as good as any other)."""
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    shift = torch.where(level > 0, damp * level, 1.0)
+    out = gram.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+    return out
+
+
+def damped_cholesky(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
+    """(damped gram, its lower Cholesky factor, the relative damping that was needed).
+
+    Tries `damp`, then 1e-8 or ten times more until every matrix of the batch is positive definite.
+
+    Raises:
+        SolveError: gram has NaN, or stays indefinite at every step of the ladder.
+    """
+    tried = damp
+    for _ in range(LADDER):
+        hessian = damped(gram, tried)
+        factor, info = torch.linalg.cholesky_ex(hessian)
+        if not info.any() and torch.isfinite(factor).all():
+            return hessian, factor, tried
+        tried = max(tried * 10, 1e-8)
+    raise SolveError(f"the Hessian is not positive definite even with relative damping {tried / 10:g}")
+
+
+def inverse_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """(H^-1, U) from the lower Cholesky factor of H, where U is upper triangular and H^-1 = Uᵀ U."""
+    inverse = torch.cholesky_inverse(factor)
+    return inverse, torch.linalg.cholesky(inverse, upper=True)
+
+
+def refit(w: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
+    """Least-squares optimal weights on a given support: argmin (v - w) H (v - w)ᵀ over v that are zero where `keep` is
+    false, row by row: v_K = w_K + H_KK^-1 H_KP w_P with P the removed entries.
+
+    Args:
+        w: (rows, cols). hessian: (cols, cols), positive definite. keep: (rows, cols) bool.
+    """
+    out = torch.zeros_like(w)
+    for r in range(w.shape[0]):
+        kept = keep[r].nonzero()[:, 0]
+        gone = (~keep[r]).nonzero()[:, 0]
+        if len(gone) == 0:
+            out[r] = w[r]
+        elif len(kept):
+            rhs = hessian[kept][:, gone] @ w[r, gone]
+            factor = torch.linalg.cholesky(hessian[kept][:, kept])
+            out[r, kept] = w[r, kept] + torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+    return out

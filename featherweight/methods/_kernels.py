@@ -1,0 +1,162 @@
+"""The greedy row kernels of Optimal Brain Compression, compiled by numba for the CPU.
+
+Both loops remove one column of the active set M at a time and need, for the removed column p, row p of the inverse of
+the Hessian restricted to M. The paper keeps that inverse and subtracts a rank-one matrix from it at each step, which
+moves cols² numbers. Here the inverse of the full Hessian is shared by all rows and never written; a row's corrections
+are kept as a thin factor U (steps, active columns), so that row p is
+
+    inv(H_M)[p, :] = inv(H)[p, :] - U[:, p]ᵀ U[:, :]
+
+The active columns are kept compact: the removed one swaps places with the last. The work of a full trace is cols³ / 6
+multiply-adds a row, read in order from cache. Rows run in parallel; a row's result does not depend on the others.
+"""
+
+import numpy as np
+from numba import njit, prange
+
+
+@njit(cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+def _remove(hinv, index, factor, step, active, p, row, diag):  # pragma: no cover - compiled
+    """Put row p of inv(H_M) divided by sqrt of its diagonal into row[:active], and into the factor as row `step`;
+    then drop column p from the active set. Returns the diagonal entry."""
+    source = hinv[index[p]]
+    for i in range(active):
+        row[i] = source[index[i]]
+    s = 0
+    while s + 4 <= step:
+        a, b, c, d = factor[s, p], factor[s + 1, p], factor[s + 2, p], factor[s + 3, p]
+        f0, f1, f2, f3 = factor[s], factor[s + 1], factor[s + 2], factor[s + 3]
+        for i in range(active):
+            row[i] -= a * f0[i] + b * f1[i] + c * f2[i] + d * f3[i]
+        s += 4
+    while s < step:
+        a = factor[s, p]
+        f0 = factor[s]
+        for i in range(active):
+            row[i] -= a * f0[i]
+        s += 1
+    pivot = row[p]
+    inverse = 1.0 / np.sqrt(pivot)
+    for i in range(active):
+        row[i] *= inverse
+        diag[i] -= row[i] * row[i]
+    last = active - 1
+    for i in range(active):
+        factor[step, i] = row[i]
+    for s in range(step + 1):
+        factor[s, p] = factor[s, last]
+    return pivot
+
+
+@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+def prune_trace(w, hinv, steps):  # pragma: no cover - compiled
+    """Order in which ExactOBS removes the columns of every row, and the loss of each removal (w² / (2 diag)).
+
+    w: (rows, cols). hinv: (cols, cols), inverse of the damped Hessian. steps: removals a row.
+    Returns order (rows, steps) int32 and losses (rows, steps), of w's type.
+    """
+    rows, cols = w.shape
+    order = np.empty((rows, steps), np.int32)
+    losses = np.empty((rows, steps), w.dtype)
+    for r in prange(rows):
+        index = np.arange(cols)
+        value = w[r].copy()
+        diag = np.empty(cols, w.dtype)
+        for i in range(cols):
+            diag[i] = hinv[i, i]
+        factor = np.empty((steps, cols), w.dtype)
+        row = np.empty(cols, w.dtype)
+        active = cols
+        for step in range(steps):
+            p, best = 0, np.inf
+            for i in range(active):
+                score = value[i] * value[i] / diag[i]
+                if score < best:
+                    p, best = i, score
+            order[r, step] = index[p]
+            losses[r, step] = best / 2
+            at_p = value[p]
+            pivot = _remove(hinv, index, factor, step, active, p, row, diag)
+            move = at_p / np.sqrt(pivot)
+            for i in range(active):
+                value[i] -= row[i] * move
+            active -= 1
+            index[p], value[p], diag[p] = index[active], value[active], diag[active]
+    return order, losses
+
+
+@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+def quantize_rows(w, hinv, scale, zero, top):  # pragma: no cover - compiled
+    """OBQ with the outlier rule for rows that share one inverse Hessian.
+
+    w, scale, zero: (rows, cols). top: largest code. Returns codes (rows, cols) uint8.
+
+    """
+    rows, cols = w.shape
+    codes = np.zeros((rows, cols), np.uint8)
+    for r in prange(rows):
+        index = np.arange(cols)
+        value = w[r].copy()
+        step_size, offset = scale[r].copy(), zero[r].copy()
+        diag = np.empty(cols, w.dtype)
+        for i in range(cols):
+            diag[i] = hinv[i, i]
+        factor = np.empty((cols, cols), w.dtype)
+        row = np.empty(cols, w.dtype)
+        active = cols
+        for step in range(cols):
+            p, best, outlier, worst = 0, np.inf, -1, 0.0
+            for i in range(active):
+                code = min(max(np.rint(value[i] / step_size[i] + offset[i]), 0.0), top)
+                error = abs(value[i] - step_size[i] * (code - offset[i]))
+                score = error * error / diag[i]
+                if score < best:
+                    p, best = i, score
+                if error > 0.5000001 * step_size[i] and error > worst:  # rounding noise is no outlier
+                    outlier, worst = i, error
+            if outlier >= 0:
+                p = outlier
+            code = min(max(np.rint(value[p] / step_size[p] + offset[p]), 0.0), top)
+            codes[r, index[p]] = np.uint8(code)
+            residual = value[p] - step_size[p] * (code - offset[p])
+            pivot = _remove(hinv, index, factor, step, active, p, row, diag)
+            move = residual / np.sqrt(pivot)
+            for i in range(active):
+                value[i] -= row[i] * move
+            active -= 1
+            index[p], value[p], diag[p] = index[active], value[active], diag[active]
+            step_size[p], offset[p] = step_size[active], offset[active]
+    return codes
+
+
+@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+def polish_rows(w, hessian, scale, zero, keep, codes, top, sweeps):  # pragma: no cover - compiled
+    """Coordinate descent on the codes of every row, in place: column after column, the best code with all others fixed,
+    until a sweep changes nothing (at most `sweeps`). (v - w) H (v - w)ᵀ never rises."""
+    rows, cols = w.shape
+    for r in prange(rows):
+        gradient = np.zeros(cols, w.dtype)
+        for i in range(cols):
+            if keep[r, i]:
+                d = scale[r, i] * (codes[r, i] - zero[r, i]) - w[r, i]
+            else:
+                d = -w[r, i]
+            if d != 0.0:
+                for j in range(cols):
+                    gradient[j] += d * hessian[i, j]
+        for _ in range(sweeps):
+            changed = False
+            for i in range(cols):
+                if not keep[r, i]:
+                    continue
+                now = float(codes[r, i])
+                target = now - gradient[i] / (hessian[i, i] * scale[r, i])
+                code = min(max(np.rint(target), 0.0), top)
+                if code != now and abs(code - target) < abs(now - target) - 1e-9:
+                    step = scale[r, i] * (code - now)
+                    for j in range(cols):
+                        gradient[j] += step * hessian[i, j]
+                    codes[r, i] = np.uint8(code)
+                    changed = True
+            if not changed:
+                break

@@ -1,0 +1,106 @@
+"""What a method is, and what it gives back."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, Protocol, final
+
+import torch
+from torch import Tensor
+
+from featherweight.stats import LayerStats
+from featherweight.weights import Weight
+
+
+class Status(Enum):
+    """How a solve went. The value is the message for people."""
+
+    SOLVED = "solved"
+    DAMPED = "solved, with more damping than asked for: the inputs are nearly dependent"
+    UNREACHED = "no calibration sample reached this weight: its inputs were taken as uncorrelated"
+    NONFINITE = "the calibration inputs hold NaN or infinity: they were taken as uncorrelated"
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """weight: the stored form. error: sum over rows of d H dᵀ, d the change of the row, H the mean of x xᵀ.
+    relative_error: error divided by that of storing zeros. info: every damping or retry, by name."""
+
+    weight: Weight
+    error: float
+    relative_error: float
+    status: Status = Status.SOLVED
+    info: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, weight: Weight, w: Tensor, stats: LayerStats, status: Status, info: dict[str, float] | None = None
+    ) -> "Solution":
+        """Measure the error of `weight` against `w`, decoded as a reader would decode it."""
+        lost = output_energy(w.double() - weight.dense().to(w.device).double(), stats)
+        whole = output_energy(w.double(), stats)
+        return cls(weight, lost, lost / whole if whole > 0 else 0.0, status, info or {})
+
+
+class Method(Protocol):
+    """A frozen configuration that can solve one layer."""
+
+    name: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        """Method and settings in a few characters, for tables: 'gptq 4 bit'."""
+        ...
+
+    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
+        """Find the stored form of w, (rows, cols), whose rows come in `stats.blocks` blocks of equal size.
+
+        Neither argument is changed. The same arguments give the same bytes.
+
+        Raises:
+            SolveError: the layer has no numerical solution.
+        """
+        ...
+
+    def storage(self, shape: tuple[int, int]) -> int:
+        """Bytes that the solution of a (rows, cols) matrix will take, known before solving."""
+        ...
+
+
+def output_energy(d: Tensor, stats: LayerStats) -> float:
+    """Sum over rows of d_r H d_rᵀ with the row block's H, rows weighted by how often they are used."""
+    blocks = d.reshape(stats.blocks, -1, d.shape[1])
+    per_row = ((blocks @ usable(stats).gram.to(d.device)) * blocks).sum(dim=2).reshape(-1)
+    return float(per_row.sum() if stats.row_share is None else per_row @ stats.row_share.to(d.device))
+
+
+def usable(stats: LayerStats) -> LayerStats:
+    """`stats`, or uncorrelated inputs where nothing finite was seen."""
+    if stats.finite and (stats.reached or stats.row_share is not None):
+        return stats
+    return LayerStats.white(stats.gram.shape[1], stats.blocks)
+
+
+def status_of(stats: LayerStats) -> Status:
+    """The status of a layer whose solve needed nothing special."""
+    if not stats.finite:
+        return Status.NONFINITE
+    return Status.SOLVED if stats.reached else Status.UNREACHED
+
+
+def blocks_of(w: Tensor, stats: LayerStats) -> Tensor:
+    """(blocks, rows / blocks, cols), float64."""
+    return w.double().reshape(stats.blocks, -1, w.shape[1])
+
+
+def float_type(values: Tensor) -> torch.dtype:
+    """float16 where its range and precision hold every value (no overflow, nothing lost below the normal numbers that
+    matters beside the largest), float32 elsewhere."""
+    half = values.half()
+    if not torch.isfinite(half).all():
+        return torch.float32
+    lost = (half.double() - values.double()).abs()
+    allowed = (
+        values.double().abs() * 2**-11 + values.double().abs().amax().clamp(min=0) * 2**-20 if len(values) else lost
+    )
+    return torch.float16 if bool((lost <= allowed).all()) else torch.float32

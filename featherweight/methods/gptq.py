@@ -1,0 +1,97 @@
+"""Round the columns of a matrix one after another, moving each rounding error onto the columns still to come.
+
+Paper: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", 2210.17323, algorithm 1. Differences: (1) everything in float64; (2) the grid of every group is fixed
+beforehand from the dense weights ("static groups"), so columns can go in any order; (3) damping starts at `damp` and is
+raised only where the Cholesky factorisation fails, and the value used is recorded; (4) all row blocks of a grouped
+convolution go at once; (5) entries that a pruning step removed are rounded to zero.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from featherweight._linalg import damped_cholesky, inverse_factor
+from featherweight.methods.base import Solution, Status, status_of, usable
+from featherweight.methods.grids import GridSpec, Points, choose
+from featherweight.stats import LayerStats
+from featherweight.weights import Sparse
+
+BLOCK = 64  # columns between two updates of all the columns behind them
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """damp: relative damping, added to the Hessian as damp * mean(diag) * I. act_order: columns in descending order
+    of their input power instead of left to right."""
+
+    name: ClassVar[str] = "gptq"
+    grid: GridSpec
+    damp: float = 0.01
+    act_order: bool = True
+
+    @property
+    def label(self) -> str:
+        return f"gptq {self.grid.label}"
+
+    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
+        return self.solve_kept(w, w, stats, None)
+
+    def solve_kept(self, w: Tensor, start: Tensor, stats: LayerStats, keep: Tensor | None) -> Solution:
+        """Like solve, from the pruned weights `start` whose entries outside `keep` stay zero."""
+        seen = usable(stats)
+        points = choose(start.double(), self.grid, input_power(seen, w.shape), keep)
+        codes, damp = quantize(start, seen.gram, points, self.damp, self.act_order, keep)
+        status = status_of(stats) if damp == self.damp or status_of(stats) != Status.SOLVED else Status.DAMPED
+        grid = points.grid(codes)
+        return Solution.of(grid if keep is None else Sparse(keep, grid), w, stats, status, {"damp": damp})
+
+    def storage(self, shape: tuple[int, int]) -> int:
+        return self.grid.storage(shape)
+
+
+def input_power(stats: LayerStats, shape: tuple[int, ...]) -> Tensor:
+    """The mean square of the input behind each entry, (rows, cols)."""
+    power = stats.gram.diagonal(dim1=1, dim2=2)
+    return power.repeat_interleave(shape[0] // stats.blocks, dim=0)
+
+
+def quantize(
+    w: Tensor, gram: Tensor, points: Points, damp: float, act_order: bool, keep: Tensor | None
+) -> tuple[Tensor, float]:
+    """(codes (rows, cols) uint8, damping used) for w (rows, cols) under gram (blocks, cols, cols)."""
+    blocks, cols, _ = gram.shape
+    power = gram.diagonal(dim1=1, dim2=2)
+    order = power.argsort(dim=1, descending=True, stable=True) if act_order else torch.arange(cols).expand(blocks, -1)
+
+    def arranged(matrix: Tensor) -> Tensor:  # (blocks, rows, cols) in the order of solving
+        return matrix.reshape(blocks, -1, cols).gather(2, order[:, None, :].expand(-1, matrix.shape[0] // blocks, -1))
+
+    shuffled = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
+    _, factor, used = damped_cholesky(shuffled, damp)
+    _, upper = inverse_factor(factor)
+    scale, zero = (arranged(t) for t in points.entries())
+    kept = torch.ones_like(scale, dtype=torch.bool) if keep is None else arranged(keep)
+    codes = _feedback(arranged(w.double()), upper, scale, zero, 2**points.spec.bits - 1, kept)
+    back = order.argsort(dim=1)[:, None, :].expand_as(codes)
+    return codes.gather(2, back).reshape(w.shape).to(torch.uint8), used
+
+
+def _feedback(w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: int, kept: Tensor) -> Tensor:
+    """Algorithm 1: (blocks, rows, cols) codes. w is overwritten (it is a copy)."""
+    codes = torch.empty_like(w)
+    cols = w.shape[2]
+    for first in range(0, cols, BLOCK):
+        last = min(first + BLOCK, cols)
+        errors = torch.empty_like(w[:, :, first:last])
+        for i in range(first, last):
+            code = torch.clamp(torch.round(w[:, :, i] / scale[:, :, i] + zero[:, :, i]), 0, top)
+            rounded = torch.where(kept[:, :, i], scale[:, :, i] * (code - zero[:, :, i]), 0.0)
+            error = (w[:, :, i] - rounded) / upper[:, i, i, None]
+            w[:, :, i + 1 : last] -= error[:, :, None] * upper[:, None, i, i + 1 : last]
+            codes[:, :, i], errors[:, :, i - first] = code, error
+        w[:, :, last:] -= errors @ upper[:, first:last, last:]
+    return codes

@@ -1,0 +1,30 @@
+"""Round every weight to the nearest point of its grid; the grid is chosen by a search over ranges. Needs no data."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from featherweight.methods.base import Solution, status_of
+from featherweight.methods.grids import GridSpec, choose
+from featherweight.stats import LayerStats
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Rtn:
+    """Round to nearest. The baseline of every other quantizer."""
+
+    name: ClassVar[str] = "rtn"
+    grid: GridSpec
+
+    @property
+    def label(self) -> str:
+        return f"rtn {self.grid.label}"
+
+    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
+        points = choose(w.double(), self.grid)
+        return Solution.of(points.grid(points.round(w.double())), w, stats, status_of(stats))
+
+    def storage(self, shape: tuple[int, int]) -> int:
+        return self.grid.storage(shape)

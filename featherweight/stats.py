@@ -1,0 +1,140 @@
+"""What a solver needs to know of a layer's inputs, and how it is collected."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.calls import Calls, Inputs
+from featherweight.data import Batch, device_of
+from featherweight.layers import Unit
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStats:
+    """Moments of a layer's inputs x; one set per row block (Unit.groups).
+
+    gram: (blocks, cols, cols) float64, the mean of x xᵀ. mean: (blocks, cols) float64, the mean of x.
+    samples: (blocks,) int64, how many x were seen. row_share: (rows,) float64 for embeddings, how often each row was
+    used (sums to 1); None elsewhere, where every row sees every x.
+    """
+
+    gram: Tensor
+    mean: Tensor
+    samples: Tensor
+    row_share: Tensor | None = None
+
+    @property
+    def blocks(self) -> int:
+        return self.gram.shape[0]
+
+    @property
+    def reached(self) -> bool:
+        """Whether at least one sample with finite, non-zero inputs was seen."""
+        return bool((self.samples > 0).any()) and self.finite and bool((self.gram.diagonal(dim1=1, dim2=2) > 0).any())
+
+    @property
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.gram).all())
+
+    @classmethod
+    def white(cls, cols: int, blocks: int = 1) -> "LayerStats":
+        """Uncorrelated inputs of unit power: what is assumed where there are no data."""
+        eye = torch.eye(cols, dtype=torch.float64).expand(blocks, cols, cols)
+        return cls(eye, torch.zeros(blocks, cols, dtype=torch.float64), torch.zeros(blocks, dtype=torch.int64))
+
+
+def merge(a: LayerStats, b: LayerStats) -> LayerStats:
+    """Statistics of the union of two disjoint sets of samples. Associative."""
+    samples = a.samples + b.samples
+    share = b.samples / samples.clamp(min=1)
+    row_share = a.row_share
+    if a.row_share is not None and b.row_share is not None:
+        row_share = torch.lerp(a.row_share, b.row_share, share[0].double())
+    return LayerStats(
+        torch.lerp(a.gram, b.gram, share[:, None, None].expand_as(a.gram)),
+        torch.lerp(a.mean, b.mean, share[:, None].expand_as(a.mean)),
+        samples,
+        row_share,
+    )
+
+
+@final
+class _Sums:
+    """Running sums of one unit."""
+
+    def __init__(self, unit: Unit, spill: Path | None) -> None:
+        rows, cols = unit.view.matrix_shape
+        self.gram: Tensor | None = None
+        self.file = spill
+        self.shape = (unit.groups, cols, cols)
+        self.total = torch.zeros(unit.groups, cols, dtype=torch.float64)
+        self.samples = torch.zeros(unit.groups, dtype=torch.int64)
+        self.rows = torch.zeros(rows, dtype=torch.float64)
+
+    def add(self, block: int, x: Tensor) -> None:
+        if self.gram is None:
+            self.gram = _zeros(self.shape, self.file)
+        blocks = slice(block, block + x.shape[0])
+        x = x if x.dtype == torch.float64 else x.float()
+        second = (x[0] @ x[0].T).unsqueeze(0) if x.shape[0] == 1 else x @ x.mT
+        self.gram[blocks] += second.cpu()
+        self.total[blocks] += x.sum(dim=2).double().cpu()
+        self.samples[blocks] += x.shape[2]
+
+    def add_rows(self, indices: Tensor) -> None:
+        self.rows += torch.bincount(indices.reshape(-1).cpu(), minlength=len(self.rows))
+
+    def stats(self) -> LayerStats:
+        blocks, cols, _ = self.shape
+        if self.gram is None:  # never multiplied: an embedding, or no sample reached it
+            white, used = LayerStats.white(cols, blocks), self.rows.sum()
+            share = self.rows / used if used > 0 else None
+            return LayerStats(white.gram, white.mean, white.samples + int(used), share)
+        count = self.samples.clamp(min=1).double()
+        self.gram /= count[:, None, None]
+        return LayerStats(self.gram, self.total / count[:, None], self.samples)
+
+
+def _zeros(shape: tuple[int, ...], file: Path | None) -> Tensor:
+    """Zeros in memory, or in a file that the operating system pages in and out."""
+    if file is None:
+        return torch.zeros(shape, dtype=torch.float64)
+    size = torch.Size(shape).numel()
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.float64).reshape(shape)
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module,
+    data: Sequence[Batch],
+    units: Sequence[Unit],
+    *,
+    spill: Path | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, LayerStats]:
+    """Run the network over the data and collect each unit's input moments, by unit name.
+
+    Products are formed in the network's own precision for a piece of a batch and summed in float64. Two numbers a
+    column pair are held for each unit; with `spill`, an existing empty directory, they live in files there instead of
+    memory (keep the directory as long as the result is used). The network must be in eval mode.
+    """
+    sums = {u.name: _Sums(u, spill / f"{i}.gram" if spill else None) for i, u in enumerate(units)}
+
+    def on_call(unit: Unit, inputs: Inputs | Tensor) -> None:
+        if isinstance(inputs, Tensor):
+            sums[unit.name].add_rows(inputs)
+        else:
+            for block, x in inputs:
+                sums[unit.name].add(block, x)
+
+    device = device_of(model)
+    for batch in data:
+        with Calls(model, units, on_call):
+            batch.to(device).run(model)
+        on_batch()
+    return {name: s.stats() for name, s in sums.items()}
