@@ -40,7 +40,7 @@ class View:
         """(rows, cols) of a tensor of this shape; a copy only where the memory order demands it."""
         if not self.transposed_groups:
             return tensor.reshape(self.matrix_shape)
-        inputs, outputs, *taps = self.shape
+        inputs, outputs = self.shape[:2]
         grouped = tensor.reshape(self.transposed_groups, inputs // self.transposed_groups, outputs, -1)
         return grouped.transpose(1, 2).reshape(self.matrix_shape)
 
@@ -48,7 +48,7 @@ class View:
         """The inverse of `matrix`."""
         if not self.transposed_groups:
             return matrix.reshape(self.shape)
-        inputs, outputs, *taps = self.shape
+        inputs, outputs = self.shape[:2]
         grouped = matrix.reshape(self.transposed_groups, outputs, inputs // self.transposed_groups, -1)
         return grouped.transpose(1, 2).reshape(self.shape)
 

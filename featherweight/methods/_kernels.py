@@ -137,10 +137,7 @@ def polish_rows(w, hessian, scale, zero, keep, codes, top, sweeps):  # pragma: n
     for r in prange(rows):
         gradient = np.zeros(cols, w.dtype)
         for i in range(cols):
-            if keep[r, i]:
-                d = scale[r, i] * (codes[r, i] - zero[r, i]) - w[r, i]
-            else:
-                d = -w[r, i]
+            d = (scale[r, i] * (codes[r, i] - zero[r, i]) if keep[r, i] else 0.0) - w[r, i]
             if d != 0.0:
                 for j in range(cols):
                     gradient[j] += d * hessian[i, j]
