@@ -6,6 +6,7 @@ from torch import Tensor
 from featherweight.errors import SolveError
 
 LADDER = 8  # damping is raised tenfold at most this many times
+NOISE = 1e-10  # a Cholesky pivot below this share of its diagonal entry is rounding noise: the column depends on others
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
@@ -21,7 +22,7 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 def damped_cholesky(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     """(damped gram, its lower Cholesky factor, the relative damping that was needed).
 
-    Tries `damp`, then 1e-8 or ten times more until every matrix of the batch is positive definite.
+    Tries `damp`, then 1e-8 or ten times more until every matrix of the batch is positive definite beyond rounding.
 
     Raises:
         SolveError: gram has NaN, or stays indefinite at every step of the ladder.
@@ -30,7 +31,8 @@ def damped_cholesky(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     for _ in range(LADDER):
         hessian = damped(gram, tried)
         factor, info = torch.linalg.cholesky_ex(hessian)
-        if not info.any() and torch.isfinite(factor).all():
+        diag = hessian.diagonal(dim1=-2, dim2=-1)
+        if not info.any() and (factor.diagonal(dim1=-2, dim2=-1) ** 2 > NOISE * diag).all():  # NaN compares false
             return hessian, factor, tried
         tried = max(tried * 10, 1e-8)
     raise SolveError(f"the Hessian is not positive definite even with relative damping {tried / 10:g}")

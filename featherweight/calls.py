@@ -156,7 +156,8 @@ _MHA = (
 
 def _attention(args: tuple, kwargs: dict) -> Iterator[tuple[Tensor, Inputs]]:
     values = dict(zip(_MHA.split(), _bind(_MHA, args, kwargs), strict=True))
-    given = {name: value for name, value in values.items() if value is not None}
+    required = dict.fromkeys(_MHA.split()[:13])  # no defaults, and None is a value of some
+    given = required | {name: value for name, value in values.items() if value is not None}
     inputs = [values["query"], values["key"], values["value"]]
     if values["use_separate_proj_weight"]:
         for name, x in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), inputs, strict=True):
@@ -166,7 +167,7 @@ def _attention(args: tuple, kwargs: dict) -> Iterator[tuple[Tensor, Inputs]]:
         yield values["in_proj_weight"], blocks
     width = values["out_proj_weight"].shape[1]
     identity = torch.eye(width, dtype=inputs[0].dtype, device=inputs[0].device)
-    before_output = given | {"out_proj_weight": identity, "out_proj_bias": None, "need_weights": False}
+    before_output = given | {"out_proj_weight": identity, "out_proj_bias": None}
     heads, _ = F.multi_head_attention_forward(**before_output)  # pyright: ignore[reportArgumentType]
     yield values["out_proj_weight"], _columns(heads)
 
@@ -199,8 +200,8 @@ def _recurrent(func: Any, args: tuple) -> Iterator[tuple[Tensor, Inputs]]:
             start = [s[k : k + 1] for s in states]
             order = _reversed(sizes) if direction else None
             steps = rows if order is None else rows[order]
-            hidden = _run(func, steps, sizes, start, own, biased)
             yield own[0], _columns(rows)
+            hidden = _run(func, steps, sizes, start, own, biased)
             yield own[1], _columns(_previous(hidden, sizes, start[0][0]))
             if each in (3, 5):
                 yield own[-1], _columns(_before_projection(steps, hidden, sizes, start, own, biased))

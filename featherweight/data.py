@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
 from featherweight.errors import UsageError
@@ -24,8 +25,12 @@ class Batch:
     @property
     def size(self) -> int:
         """Samples in the batch: the first dimension of the first tensor, or the length of the first list."""
-        first = next(chain(self.args, self.kwargs.values()))
-        return len(first)
+        for value in chain(self.args, self.kwargs.values()):
+            if isinstance(value, PackedSequence):
+                return int(value.batch_sizes[0])
+            if isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.ndim):
+                return len(value)
+        return 1 if self.args or self.kwargs else 0
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(_move(self.args, device), _move(self.kwargs, device), _move(self.target, device))
@@ -45,7 +50,7 @@ def batches(data: Any, batch_size: int = 128) -> list[Batch]:
         UsageError: there is no sample, or an item is of another kind.
     """
     if isinstance(data, Tensor):
-        found = [Batch((part,), {}) for part in data.split(batch_size)] if data.numel() else []
+        found = [Batch((part,), {}) for part in data.split(batch_size)] if data.ndim and data.numel() else []
     elif isinstance(data, Dataset):
         found = [_batch(item) for item in DataLoader(data, batch_size=batch_size)]
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
@@ -61,13 +66,13 @@ def _batch(item: Any) -> Batch:
     match item:
         case Batch():
             return item
-        case Tensor():
+        case Tensor() | PackedSequence():
             return Batch((item,), {})
         case tuple() | list() if len(item) == 1:
             return Batch((item[0],), {})
         case tuple() | list() if len(item) > 1:
             return Batch(tuple(item[:-1]), {}, item[-1])
-        case Mapping() if item:
+        case Mapping() if set(item) - {"labels"}:
             inputs = {k: v for k, v in item.items() if k != "labels"}
             return Batch((), inputs, item.get("labels"))
     raise UsageError(f"a batch must be a tensor, a tuple (inputs..., target) or a dict, got {type(item).__name__}")
@@ -75,10 +80,10 @@ def _batch(item: Any) -> Batch:
 
 def _move(value: Any, device: torch.device) -> Any:
     match value:
-        case Tensor():
+        case Tensor() | PackedSequence():
             return value.to(device)
-        case tuple() if hasattr(value, "_fields") or isinstance(value, torch.nn.utils.rnn.PackedSequence):
-            return value.to(device) if hasattr(value, "to") else type(value)(*(_move(v, device) for v in value))
+        case tuple() if hasattr(value, "_fields"):
+            return type(value)(*(_move(v, device) for v in value))
         case tuple() | list():
             return type(value)(_move(v, device) for v in value)
         case dict():

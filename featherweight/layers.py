@@ -5,6 +5,7 @@ walking the modules; the graph of the network is never traced, so detectors, rec
 weights need nothing special.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -100,8 +101,10 @@ def scan(model: nn.Module, include: tuple[str, ...] = (), exclude: tuple[str, ..
         exclude: shell patterns; matching units are left alone.
 
     Raises:
-        UsageError: a pattern matches no unit, or the network has nothing to compress.
+        UsageError: a pattern matches no unit, or the network has nothing to compress or is a compiled script.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UsageError("a scripted or traced network hides its layers: give the nn.Module that it was made from")
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
@@ -144,6 +147,10 @@ def _any_match(unit: Unit, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for name in unit.names for pattern in patterns)
 
 
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?")  # not what weight_norm or prune put beside it
+_REPLACED = re.compile(r"(.*\.)?\w*weight\w*_(g|v|orig)")
+
+
 def _weights_of(module: nn.Module) -> Iterator[tuple[nn.Parameter, Kind, int]]:
     """(parameter, kind, groups) for each weight of this module alone. A weight made by a parametrization is no
     parameter of the module and does not appear."""
@@ -160,7 +167,7 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[nn.Parameter, Kind, int]]:
             yield weight, "embedding", 1
         case nn.RNNBase() | nn.RNNCellBase():
             for name, parameter in own.items():
-                if parameter is not None and name.startswith("weight_"):
+                if parameter is not None and _RECURRENT.fullmatch(name):
                     yield parameter, "recurrent", 1
         case nn.MultiheadAttention():
             for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -197,9 +204,9 @@ def _others(
         if key in found:
             if found[key].names not in kept:
                 yield names, parameter, "excluded by the recipe"
-        elif key in known:
+        elif key in known or isinstance(parameter, UninitializedParameter):
             yield names, parameter, _refusal(parameter) or "unknown"
-        elif ".parametrizations." in f".{names[0]}" or names[0].endswith(("weight_g", "weight_v", "weight_orig")):
+        elif ".parametrizations." in f".{names[0]}" or _REPLACED.fullmatch(names[0]):
             yield names, parameter, "parametrized weight: make it plain first (remove_parametrizations)"
         elif parameter.ndim < 2:
             yield names, parameter, "a vector: bias, norm or scale"

@@ -51,10 +51,10 @@ class LayerStats:
 def merge(a: LayerStats, b: LayerStats) -> LayerStats:
     """Statistics of the union of two disjoint sets of samples. Associative."""
     samples = a.samples + b.samples
-    share = b.samples / samples.clamp(min=1)
-    row_share = a.row_share
+    share = b.samples.double() / samples.clamp(min=1)
+    row_share = b.row_share if a.row_share is None else a.row_share  # a shard that reached nothing has none
     if a.row_share is not None and b.row_share is not None:
-        row_share = torch.lerp(a.row_share, b.row_share, share[0].double())
+        row_share = torch.lerp(a.row_share, b.row_share, share[0])
     return LayerStats(
         torch.lerp(a.gram, b.gram, share[:, None, None].expand_as(a.gram)),
         torch.lerp(a.mean, b.mean, share[:, None].expand_as(a.mean)),

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, Protocol, final
 
-import torch
 from torch import Tensor
 
 from featherweight.stats import LayerStats
@@ -66,6 +65,10 @@ class Method(Protocol):
         """Bytes that the solution of a (rows, cols) matrix will take, known before solving."""
         ...
 
+    def work(self, shape: tuple[int, int], blocks: int) -> float:
+        """Rough number of multiply-adds of `solve`, for time estimates."""
+        ...
+
 
 def output_energy(d: Tensor, stats: LayerStats) -> float:
     """Sum over rows of d_r H d_rᵀ with the row block's H, rows weighted by how often they are used."""
@@ -91,16 +94,3 @@ def status_of(stats: LayerStats) -> Status:
 def blocks_of(w: Tensor, stats: LayerStats) -> Tensor:
     """(blocks, rows / blocks, cols), float64."""
     return w.double().reshape(stats.blocks, -1, w.shape[1])
-
-
-def float_type(values: Tensor) -> torch.dtype:
-    """float16 where its range and precision hold every value (no overflow, nothing lost below the normal numbers that
-    matters beside the largest), float32 elsewhere."""
-    half = values.half()
-    if not torch.isfinite(half).all():
-        return torch.float32
-    lost = (half.double() - values.double()).abs()
-    allowed = (
-        values.double().abs() * 2**-11 + values.double().abs().amax().clamp(min=0) * 2**-20 if len(values) else lost
-    )
-    return torch.float16 if bool((lost <= allowed).all()) else torch.float32

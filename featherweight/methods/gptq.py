@@ -7,6 +7,7 @@ raised only where the Cholesky factorisation fails, and the value used is record
 convolution go at once; (5) entries that a pruning step removed are rounded to zero.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from featherweight._linalg import damped_cholesky, inverse_factor
+from featherweight.errors import require
 from featherweight.methods.base import Solution, Status, status_of, usable
-from featherweight.methods.grids import GridSpec, Points, choose
+from featherweight.methods.grids import SEARCH, GridSpec, Points, choose
 from featherweight.stats import LayerStats
 from featherweight.weights import Sparse
 
@@ -32,6 +34,9 @@ class Gptq:
     grid: GridSpec
     damp: float = 0.01
     act_order: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.damp < math.inf, "damp must be at least 0", self.damp)
 
     @property
     def label(self) -> str:
@@ -51,6 +56,10 @@ class Gptq:
 
     def storage(self, shape: tuple[int, int]) -> int:
         return self.grid.storage(shape)
+
+    def work(self, shape: tuple[int, int], blocks: int) -> float:
+        rows, cols = shape
+        return SEARCH * rows * cols + rows * cols**2 / 2 + 2 * blocks * cols**3
 
 
 def input_power(stats: LayerStats, shape: tuple[int, ...]) -> Tensor:

@@ -12,6 +12,8 @@ by least squares and the codes polished again, ROUNDS times, keeping what lowers
 `greedy` alone is the paper's algorithm.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from featherweight._linalg import damped_cholesky
+from featherweight.errors import require
 from featherweight.methods import gptq
 from featherweight.methods._kernels import polish_rows, quantize_rows
 from featherweight.methods.base import Solution, Status, status_of, usable
@@ -38,7 +41,10 @@ class Obq:
 
     name: ClassVar[str] = "obq"
     grid: GridSpec
-    damp: float = 0.001
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(0 <= self.damp < math.inf, "damp must be at least 0", self.damp)
 
     @property
     def label(self) -> str:
@@ -66,6 +72,10 @@ class Obq:
 
     def storage(self, shape: tuple[int, int]) -> int:
         return self.grid.storage(shape)
+
+    def work(self, shape: tuple[int, int], blocks: int) -> float:
+        rows, cols = shape
+        return gptq.Gptq(self.grid).work(shape, blocks) + rows * cols**3 / 6 + 40 * rows * cols**2
 
 
 def greedy(w: Tensor, hessian: Tensor, points: Points, keep: Tensor | None = None) -> Tensor:
@@ -148,5 +158,5 @@ def _refitted(w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: T
     return kept, torch.where(better, after, codes)
 
 
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [t.contiguous().numpy() for t in tensors]
+def _arrays(*tensors: Tensor) -> Iterator[np.ndarray]:
+    return (t.contiguous().numpy() for t in tensors)

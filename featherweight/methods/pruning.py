@@ -10,6 +10,7 @@ is shared by the rows (see _kernels.py); (4) damping is relative and recorded.
 """
 
 import heapq
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, final
 
@@ -20,17 +21,22 @@ from featherweight._linalg import damped_cholesky, refit
 from featherweight._pack import packed_size
 from featherweight.errors import require
 from featherweight.methods._kernels import prune_trace
-from featherweight.methods.base import Solution, Status, float_type, status_of, usable
+from featherweight.methods.base import Solution, Status, status_of, usable
 from featherweight.methods.gptq import Gptq
 from featherweight.methods.obq import Obq
 from featherweight.stats import LayerStats
 from featherweight.weights import Dense, Sparse
+from featherweight.weights.base import float_type
 
 
 class Pruner(Protocol):
     """Chooses a support and the weights on it."""
 
-    sparsity: float
+    @property
+    def sparsity(self) -> float: ...
+
+    @property
+    def damp(self) -> float: ...
 
     @property
     def label(self) -> str: ...
@@ -38,6 +44,8 @@ class Pruner(Protocol):
     def prune(self, w: Tensor, stats: LayerStats) -> tuple[Tensor, Tensor, float]:
         """(weights (rows, cols) float64, keep (rows, cols) bool, damping used)."""
         ...
+
+    def work(self, shape: tuple[int, int], blocks: int) -> float: ...
 
 
 @final
@@ -50,6 +58,10 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         require(0 <= self.sparsity < 1, "sparsity must be at least 0 and below 1", self.sparsity)
+
+    @property
+    def damp(self) -> float:
+        return 0.0
 
     @property
     def label(self) -> str:
@@ -68,6 +80,9 @@ class Magnitude:
     def storage(self, shape: tuple[int, int]) -> int:
         return _storage(shape, self.sparsity)
 
+    def work(self, shape: tuple[int, int], blocks: int) -> float:
+        return 10.0 * shape[0] * shape[1]
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -80,6 +95,7 @@ class Obs:
 
     def __post_init__(self) -> None:
         require(0 <= self.sparsity < 1, "sparsity must be at least 0 and below 1", self.sparsity)
+        require(0 <= self.damp < math.inf, "damp must be at least 0", self.damp)
 
     @property
     def label(self) -> str:
@@ -111,6 +127,10 @@ class Obs:
     def storage(self, shape: tuple[int, int]) -> int:
         return _storage(shape, self.sparsity)
 
+    def work(self, shape: tuple[int, int], blocks: int) -> float:
+        rows, cols = shape
+        return rows * cols**3 / 6 * (1 + 2 * (1 - self.sparsity) ** 3) + 2 * blocks * cols**3
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -129,12 +149,16 @@ class PruneQuantize:
         weights, keep, damp = self.prune.prune(w, stats)
         solution = self.quantize.solve_kept(w, weights, stats, keep)
         info = {"damp": max(damp, solution.info["damp"])}
-        return Solution(solution.weight, solution.error, solution.relative_error, solution.status, info)
+        status = Status.DAMPED if damp > self.prune.damp and solution.status is Status.SOLVED else solution.status
+        return Solution(solution.weight, solution.error, solution.relative_error, status, info)
 
     def storage(self, shape: tuple[int, int]) -> int:
         total = shape[0] * shape[1]
         kept = total - round(total * self.prune.sparsity)
         return packed_size(total, 1) + self.quantize.grid.storage(shape, kept)
+
+    def work(self, shape: tuple[int, int], blocks: int) -> float:
+        return self.prune.work(shape, blocks) + 2 * self.quantize.work(shape, blocks)
 
 
 def removals(w: Tensor, sparsity: float) -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from featherweight.methods.base import Solution, status_of
-from featherweight.methods.grids import GridSpec, choose
+from featherweight.methods.grids import SEARCH, GridSpec, choose
 from featherweight.stats import LayerStats
 
 
@@ -28,3 +28,6 @@ class Rtn:
 
     def storage(self, shape: tuple[int, int]) -> int:
         return self.grid.storage(shape)
+
+    def work(self, shape: tuple[int, int], blocks: int) -> float:
+        return SEARCH * shape[0] * shape[1]

@@ -75,7 +75,7 @@ def float_name(dtype: torch.dtype) -> str:
 def field(meta: Meta, name: str, allowed: range | tuple[Any, ...]) -> Any:
     """A metadata field that must be one of `allowed` (a range of integers, or the values themselves)."""
     value = meta.get(name)
-    if isinstance(value, bool) or value not in allowed or (isinstance(allowed, range) and not isinstance(value, int)):
+    if type(value) is not type(allowed[0]) or value not in allowed:  # 1.0 and True are equal to 1, but not integers
         what = f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else f"one of {list(allowed)}"
         raise FormatError(f"field '{name}' must be {what}, got {value!r}")
     return value
@@ -92,3 +92,14 @@ def finite(tensors: dict[str, Tensor], *names: str) -> None:
     for name in names:
         if name in tensors and not torch.isfinite(tensors[name]).all():
             raise FormatError(f"field '{name}' holds NaN or infinite values")
+
+
+def float_type(values: Tensor) -> torch.dtype:
+    """float16 where that is exact enough for every value: relative error at most 2**-11 (rounding), plus 2**-14 of the
+    largest magnitude for the tiny ones. float32 elsewhere, so an overflow never passes."""
+    if values.numel() == 0:
+        return torch.float16
+    exact = values.detach().double()
+    lost = (exact.half().double() - exact).abs()
+    allowed = exact.abs() * 2**-11 + exact.abs().amax() * 2**-14
+    return torch.float16 if bool((lost <= allowed).all()) else torch.float32  # inf - x and NaN compare false

@@ -1,0 +1,32 @@
+# Everything here makes its own .venv on first use. `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/
+
+.PHONY: setup demo test check bench format
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)pip install --quiet --upgrade "pip>=25.1"
+	$(RUN)pip install --quiet --constraint constraints.txt --editable . --group dev
+	touch $@
+
+demo: setup ## compress a small network at several sizes
+	$(RUN)featherweight demo
+
+test: setup ## all tests
+	$(RUN)pytest
+
+check: setup ## lint, formatting, types
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)pyright
+
+format: setup
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+
+bench: setup ## the table of README.md, on the networks of ../shared
+	$(RUN)python -m bench.networks

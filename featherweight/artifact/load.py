@@ -1,0 +1,58 @@
+"""Artifact -> a network of the original class."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.artifact.read import read
+from featherweight.artifact.schema import Artifact
+from featherweight.errors import UsageError
+
+_OPTIONAL = ".num_batches_tracked"  # a training counter that inference never reads; it is not stored
+
+
+def load(path: str | Path, into: nn.Module | None = None) -> nn.Module | dict[str, Tensor]:
+    """Read a file. With `into`, a freshly made network of the same class, fill that network, set it to eval mode and
+    return it; without, return the decoded tensors by name.
+
+    Raises:
+        FormatError: the file is damaged or no featherweight file.
+        UsageError: names or shapes of `into` differ from the file's; the differences are named.
+    """
+    artifact = read(Path(path))
+    return artifact.state() if into is None else fill(into, artifact)
+
+
+def fill(model: nn.Module, artifact: Artifact) -> nn.Module:
+    """Copy an artifact's decoded tensors into a network, which is returned in eval mode."""
+    state, own = artifact.state(), model.state_dict(keep_vars=True)
+    missing = sorted(n for n in own if n not in state and not n.endswith(_OPTIONAL) and isinstance(own[n], Tensor))
+    unknown = sorted(set(state) - set(own))
+    shapes = [
+        f"{n} is {tuple(own[n].shape)} in the network and {tuple(t.shape)} in the file"
+        for n, t in state.items()
+        if n in own and own[n].shape != t.shape
+    ]
+    modules = dict(model.named_modules())
+    eps = [
+        f"{x.name}.eps is {modules[x.name].eps} in the network and {x.eps} in the file"
+        for x in artifact.norms
+        if x.name in modules and getattr(modules[x.name], "eps", None) != x.eps
+    ]
+    differences = (
+        [f"not in the file: {_some(missing)}"] * bool(missing)
+        + [f"not in the network: {_some(unknown)}"] * bool(unknown)
+        + shapes[:3]
+        + eps[:3]
+    )
+    if differences:
+        raise UsageError(f"the file does not fit {type(model).__name__}: " + "; ".join(differences))
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+    return model.eval()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,194 @@
+"""File -> Artifact. Everything is checked before anything is built from it; nothing is unpickled or imported."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from featherweight.artifact.schema import KEY, STREAMS, VERSION, Artifact, FoldedNorm, StoredUnit
+from featherweight.artifact.write import BLANK, MARK
+from featherweight.errors import FormatError
+from featherweight.layers import View
+from featherweight.weights import KINDS
+
+_KINDS = {kind.kind: kind for kind in KINDS}
+_MAX_DIM = 2**40
+
+
+def read(path: Path) -> Artifact:
+    """Read and check a file.
+
+    Raises:
+        FormatError: the file is missing, truncated, altered, of a newer version, or no featherweight file. The message
+            names the file and the place.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return from_bytes(data)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+
+
+def from_bytes(data: bytes) -> Artifact:
+    """Like `read`, of the file's bytes."""
+    contents = _contents(data)
+    try:
+        found = load_safetensors(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise FormatError(f"damaged: {error}") from None
+    streams = _streams(found)
+    methods = [_text(m, "methods") for m in _list(contents["methods"], "methods")]
+    units = [_unit(entry, i, methods, streams) for i, entry in enumerate(_list(contents["units"], "units"))]
+    rest = dict(_rest(entry, i, streams) for i, entry in enumerate(_list(contents["rest"], "rest")))
+    norms = [_norm(entry, i, streams) for i, entry in enumerate(_list(contents["batchnorm"], "batchnorm"))]
+    for stream in streams.values():
+        stream.finish()
+    names = [n for u in units for n in u.names] + [n for x in norms for n in x.tensors()] + list(rest)
+    if len(set(names)) != len(names) or len(rest) != len(contents["rest"]):
+        raise FormatError("a tensor name appears twice")
+    if not isinstance(contents["about"], dict):
+        raise FormatError("'about' must be an object")
+    return Artifact(tuple(units), rest, tuple(norms), contents["about"])
+
+
+def _contents(data: bytes) -> dict[str, Any]:
+    """The table of contents, after the checksum was found right."""
+    if len(data) < 8 or not 2 <= (size := int.from_bytes(data[:8], "little")) <= len(data) - 8:
+        raise FormatError("not a featherweight file, or truncated: it ends before its header does")
+    try:
+        text = json.loads(data[8 : 8 + size])["__metadata__"][KEY]
+        contents = json.loads(text)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FormatError("not a featherweight file, or its header is damaged") from None
+    if not isinstance(contents, dict) or not isinstance(contents.get("format"), int):
+        raise FormatError("not a featherweight file: its header names no format version")
+    if contents["format"] != VERSION:
+        raise FormatError(
+            f"format version {contents['format']}; this featherweight reads version {VERSION}. Try a newer release"
+        )
+    digest = contents.get("checksum")
+    stamped = MARK + str(digest).encode()
+    if not isinstance(digest, str) or len(digest) != len(BLANK) or data.count(stamped) != 1:
+        raise FormatError("damaged: the header has no checksum")
+    blank = data.replace(stamped, MARK + BLANK.encode())
+    if hashlib.blake2b(blank, digest_size=16).hexdigest() != digest:
+        raise FormatError("damaged: the checksum does not fit; the file was altered or not copied whole")
+    _keys(contents, "the header", ("format", "checksum", "methods", "units", "rest", "batchnorm", "about"))
+    return contents
+
+
+@final
+@dataclass(slots=True)
+class _Stream:
+    """All payload of one element type, taken piece by piece."""
+
+    name: str
+    values: Tensor
+    taken: int = 0
+
+    def take(self, count: int, where: str) -> Tensor:
+        if count > len(self.values) - self.taken:
+            left = len(self.values) - self.taken
+            raise FormatError(f"{where} needs {count} elements of '{self.name}', {left} are left")
+        self.taken += count
+        return self.values[self.taken - count : self.taken]
+
+    def finish(self) -> None:
+        if self.taken != len(self.values):
+            raise FormatError(f"'{self.name}' has {len(self.values) - self.taken} elements that nothing uses")
+
+
+def _streams(tensors: dict[str, Tensor]) -> dict[str, _Stream]:
+    for name, tensor in tensors.items():
+        if name not in STREAMS or tensor.dtype != STREAMS[name] or tensor.ndim != 1:
+            raise FormatError(f"unexpected tensor '{name}' {tensor.dtype} {tuple(tensor.shape)}")
+    empty = {name: torch.empty(0, dtype=dtype) for name, dtype in STREAMS.items()}
+    return {name: _Stream(name, values) for name, values in (empty | tensors).items()}
+
+
+def _unit(entry: Any, i: int, methods: list[str], streams: dict[str, _Stream]) -> StoredUnit:
+    where = f"units[{i}]"
+    _keys(entry, where, ("names", "shape", "method", "weight"), ("transposed_groups", "error", "note"))
+    names = tuple(_text(n, f"{where}.names") for n in _list(entry["names"], f"{where}.names"))
+    shape = _shape(entry["shape"], f"{where}.shape")
+    groups = entry.get("transposed_groups", 0)
+    if not _is_count(groups) or (groups and (len(shape) < 2 or shape[0] % groups)):
+        raise FormatError(f"{where}: transposed_groups {groups!r} does not fit shape {list(shape)}")
+    method, error = entry["method"], entry.get("error")
+    if not names or not _is_count(method) or method >= len(methods) or not isinstance(error, float | int | None):
+        raise FormatError(f"{where}: names, method or error are not valid")
+    view = View(shape, groups)
+    meta = entry["weight"]
+    if not isinstance(meta, dict) or not isinstance(meta.get("kind"), str) or meta["kind"] not in _KINDS:
+        raise FormatError(f"{where}: unknown kind of weight; expected one of {sorted(_KINDS)}")
+    kind = _KINDS[meta["kind"]]
+    fields = {k: v for k, v in meta.items() if k != "kind"}
+    try:
+        layout = kind.layout(view.matrix_shape, fields)
+        pieces = {f: _piece(streams, dtype, n, f"{where}.{f}") for f, (dtype, n) in layout.items()}
+        weight = kind.load(view.matrix_shape, fields, pieces)
+    except FormatError as wrong:
+        raise FormatError(f"{names[0]}: {wrong}") from None
+    return StoredUnit(names, view, weight, methods[method], error, _text(entry.get("note", ""), f"{where}.note"))
+
+
+def _piece(streams: dict[str, _Stream], dtype: torch.dtype, count: int, where: str) -> Tensor:
+    return next(s for name, s in streams.items() if STREAMS[name] == dtype).take(count, where)
+
+
+def _rest(entry: Any, i: int, streams: dict[str, _Stream]) -> tuple[str, Tensor]:
+    where = f"rest[{i}]"
+    if not isinstance(entry, list) or len(entry) != 3 or entry[1] not in STREAMS:
+        raise FormatError(f"{where} must be [name, type, shape]")
+    shape = _shape(entry[2], where, least=0)
+    return _text(entry[0], where), streams[entry[1]].take(prod(shape), where).reshape(shape)
+
+
+def _norm(entry: Any, i: int, streams: dict[str, _Stream]) -> FoldedNorm:
+    where = f"batchnorm[{i}]"
+    if not isinstance(entry, list) or len(entry) != 4 or entry[1] not in ("f16", "f32") or not _is_count(entry[2]):
+        raise FormatError(f"{where} must be [name, type, channels, eps]")
+    if not isinstance(entry[3], float) or not 0 <= entry[3] < 1:
+        raise FormatError(f"{where}: eps must be a number from 0 to 1, got {entry[3]!r}")
+    scale, shift = (streams[entry[1]].take(entry[2], where) for _ in range(2))
+    return FoldedNorm(_text(entry[0], where), scale, shift, entry[3])
+
+
+def _keys(entry: Any, where: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    if not isinstance(entry, dict) or not set(needed) <= set(entry) <= {*needed, *optional}:
+        got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise FormatError(f"{where} must have the fields {sorted(needed)}, got {got}")
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise FormatError(f"'{where}' must be a list")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise FormatError(f"'{where}' must be text, got {type(value).__name__}")
+    return value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_DIM
+
+
+def _shape(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > 16 or not all(_is_count(n) and n >= least for n in value):
+        raise FormatError(f"{where}: {value!r} is not a shape")
+    if (least and not value) or prod(value) >= _MAX_DIM:
+        raise FormatError(f"{where}: {value!r} is not a shape that a tensor here can have")
+    return tuple(value)

@@ -1,0 +1,106 @@
+"""What a featherweight file holds, in memory. docs/format.md says how it lies in the file."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.layers import View
+from featherweight.weights import Weight
+
+VERSION = 1
+KEY = "featherweight"  # the one metadata entry of the safetensors file
+STREAMS = {  # name in the file -> element type; each holds all payload of that type, in the order of the contents
+    "u8": torch.uint8,
+    "f16": torch.float16,
+    "f32": torch.float32,
+    "f64": torch.float64,
+    "bf16": torch.bfloat16,
+    "i8": torch.int8,
+    "i16": torch.int16,
+    "i32": torch.int32,
+    "i64": torch.int64,
+    "bool": torch.bool,
+}
+STREAM_OF = {dtype: name for name, dtype in STREAMS.items()}
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredUnit:
+    """One compressed parameter. error: relative layer error, None where unknown. method and note are for people."""
+
+    names: tuple[str, ...]
+    view: View
+    weight: Weight
+    method: str
+    error: float | None = None
+    note: str = ""
+
+    def tensor(self) -> Tensor:
+        """The decoded parameter, float32."""
+        return self.view.tensor(self.weight.dense())
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class FoldedNorm:
+    """A BatchNorm in eval mode as scale * x + shift, (channels,) each. It is restored with running mean 0 and running
+    variance 1 - eps."""
+
+    name: str
+    scale: Tensor
+    shift: Tensor
+    eps: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's own tensors, float32."""
+        return {
+            f"{self.name}.weight": self.scale.float(),
+            f"{self.name}.bias": self.shift.float(),
+            f"{self.name}.running_mean": torch.zeros_like(self.shift, dtype=torch.float32),
+            f"{self.name}.running_var": torch.full_like(self.scale, 1 - self.eps, dtype=torch.float32),
+        }
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Artifact:
+    """Everything in a file. rest: tensors stored as they are, or as fp16. about: plain JSON for people, never needed
+    to decode."""
+
+    units: tuple[StoredUnit, ...]
+    rest: dict[str, Tensor]
+    norms: tuple[FoldedNorm, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the file determines, decoded, under each of its names. Floats come as float32."""
+        decoded: dict[str, Tensor] = {}
+        for unit in self.units:
+            tensor = unit.tensor()
+            decoded |= dict.fromkeys(unit.names, tensor)
+        decoded |= {n: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for n, t in self.rest.items()}
+        for norm in self.norms:
+            decoded |= norm.tensors()
+        return decoded
+
+    def digest(self) -> str:
+        """A fingerprint of `state()`: equal exactly where every decoded bit is equal."""
+        seen = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.state().items()):
+            seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return seen.hexdigest()
+
+
+def is_foldable(module: nn.Module) -> bool:
+    """Whether the module is a BatchNorm that, in eval mode, is a fixed scale and shift."""
+    return (
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.affine
+        and module.running_mean is not None
+        and module.running_var is not None
+    )

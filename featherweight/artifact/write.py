@@ -1,0 +1,97 @@
+"""Artifact -> file. The same artifact gives the same bytes; the file appears whole or not at all."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from featherweight.artifact.schema import KEY, STREAM_OF, VERSION, Artifact
+from featherweight.errors import UsageError
+
+BLANK = "0" * 32  # stands where the checksum goes, while it is computed
+MARK = b'\\"checksum\\":\\"'  # as it lies in the file: JSON inside a JSON string
+
+
+def to_bytes(artifact: Artifact) -> bytes:
+    """The whole file."""
+    streams: dict[str, list[Tensor]] = {}
+
+    def put(tensor: Tensor) -> str:
+        if tensor.dtype not in STREAM_OF:
+            raise UsageError(f"a tensor of type {tensor.dtype} cannot be stored; convert it or remove it first")
+        stream = STREAM_OF[tensor.dtype]
+        streams.setdefault(stream, []).append(tensor.detach().cpu().reshape(-1))
+        return stream
+
+    methods = sorted({u.method for u in artifact.units})
+    units, rest, norms = [], [], []
+    for unit in artifact.units:
+        for tensor in unit.weight.tensors().values():
+            put(tensor)
+        entry: dict[str, Any] = {"names": unit.names, "shape": unit.view.shape, "method": methods.index(unit.method)}
+        if unit.view.transposed_groups:
+            entry["transposed_groups"] = unit.view.transposed_groups
+        if unit.error is not None:
+            entry["error"] = float(f"{unit.error:.3g}")
+        if unit.note:
+            entry["note"] = unit.note
+        units.append(entry | {"weight": {"kind": unit.weight.kind} | unit.weight.meta()})
+    for name, tensor in artifact.rest.items():
+        rest.append([name, put(tensor), list(tensor.shape)])
+    for norm in artifact.norms:
+        norms.append([norm.name, put(norm.scale), len(norm.scale), norm.eps])
+        put(norm.shift)
+    contents = {
+        "format": VERSION,
+        "checksum": BLANK,
+        "methods": methods,
+        "units": units,
+        "rest": rest,
+        "batchnorm": norms,
+        "about": artifact.about,
+    }
+    text = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    data = save({name: torch.cat(parts) for name, parts in streams.items()}, {KEY: text})
+    return stamp(data)
+
+
+def stamp(data: bytes) -> bytes:
+    """Put the checksum of a file with a blank checksum in its place."""
+    place = data.index(MARK + BLANK.encode()) + len(MARK)
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest().encode()
+    return data[:place] + digest + data[place + len(digest) :]
+
+
+def write(artifact: Artifact, path: Path) -> int:
+    """Write the file under a temporary name beside `path`, then rename it. Returns its size in bytes.
+
+    Raises:
+        UsageError: the folder does not exist or cannot be written.
+    """
+    data = to_bytes(artifact)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    return len(data)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

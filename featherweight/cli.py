@@ -1,0 +1,297 @@
+"""The `featherweight` command. Each command parses, calls the library and prints; errors are one line and a code:
+1 a file or a layer is bad, 2 the request is wrong, 3 the target cannot be reached."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from featherweight import __version__
+from featherweight.artifact import fill, read
+from featherweight.data import batches
+from featherweight.errors import FeatherweightError, FormatError, UsageError
+from featherweight.metrics import accuracy
+from featherweight.pipeline import Plan, compress, plan
+from featherweight.recipe import Recipe, method_of, read_recipe
+from featherweight.report import left_alone_table, rows_of, summary, weights_table
+from featherweight.userland import call, find, make_model
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a trained PyTorch network small, and prove that it still works.",
+)
+out, err = Console(), Console(stderr=True)
+
+ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
+DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
+Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
+Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, magnitude or obs, for all weights")]
+Bits = Annotated[int | None, typer.Option(help="1 to 8")]
+Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
+Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]
+Symmetric = Annotated[bool, typer.Option("--symmetric", help="no zero points")]
+Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with settings and overrides")]
+Include = Annotated[list[str] | None, typer.Option(help="only weights that match this pattern (repeatable)")]
+Exclude = Annotated[list[str] | None, typer.Option(help="leave matching weights alone (repeatable)")]
+NoRepair = Annotated[bool, typer.Option("--no-repair", help="leave BatchNorm statistics and biases as they are")]
+BatchSize = Annotated[int, typer.Option(min=1, help="samples a batch, where the data are not batched")]
+MetricSpec = Annotated[str | None, typer.Option("--metric", help="callable metric(model, data): a number or a dict")]
+Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
+
+
+@app.command("compress")
+def compress_command(
+    model: ModelSpec,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")] = Path("small.fw"),
+    data: DataSpec = None,
+    weights: Weights = None,
+    method: Method = None,
+    bits: Bits = None,
+    sparsity: Sparsity = None,
+    group: Group = None,
+    symmetric: Symmetric = False,
+    target: Target = None,
+    recipe: RecipeFile = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    no_repair: NoRepair = False,
+    test: Annotated[str | None, typer.Option("--test", help="test data: accuracy is printed before and after")] = None,
+    metric: MetricSpec = None,
+    batch_size: BatchSize = 128,
+    as_json: Json = False,
+) -> None:
+    """Compress a network, write the file, read it back in a fresh process and print what came of it."""
+    if metric and not test:
+        raise UsageError("--metric needs the data to measure on: --test file.py:function")
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder {output.parent} does not exist")
+    chosen = _recipe(method, bits, sparsity, group, symmetric, target, recipe, include, exclude, no_repair)
+    network = make_model(model, weights)
+    calibration = call(data) if data else None
+    before = _measure(network, test, metric, batch_size)
+    about = {"model": model, "tool": f"featherweight {__version__}"}
+    with _bars() as progress:
+        small = compress(
+            network, calibration, recipe=chosen, target=target, batch_size=batch_size, about=about, progress=progress
+        )
+        size = small.save(output)
+        progress("read back", 0, 1)
+        proof = _prove(output, small.artifact.digest(), model, weights, test, metric, batch_size)
+        progress("read back", 1, 1)
+    report = replace(small.report, file_bytes=size, before=before, after=proof["metrics"])
+    if as_json:
+        _print_json(report.to_dict() | {"file": str(output), "digest": proof["digest"]} | proof["metrics"])
+        return
+    out.print(weights_table(report.rows, size), "")
+    out.print(left_alone_table(report.left_alone), "")
+    out.print(summary(report, str(output)))
+    out.print(f"read back in a fresh process: every decoded bit is the same ({proof['digest'][:12]})", style="green")
+
+
+@app.command("plan")
+def plan_command(
+    model: ModelSpec,
+    data: DataSpec = None,
+    weights: Weights = None,
+    method: Method = None,
+    bits: Bits = None,
+    sparsity: Sparsity = None,
+    group: Group = None,
+    symmetric: Symmetric = False,
+    target: Target = None,
+    recipe: RecipeFile = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    batch_size: BatchSize = 128,
+    as_json: Json = False,
+) -> None:
+    """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
+    chosen = _recipe(method, bits, sparsity, group, symmetric, target, recipe, include, exclude, False)
+    network = make_model(model, weights)
+    found = plan(network, call(data) if data else None, recipe=chosen, target=target, batch_size=batch_size)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    out.print(_plan_table(found), "")
+    out.print(left_alone_table(found.left_alone), "")
+    ratio = found.baselines.fp32 / found.file_bytes
+    out.print(f"predicted file {found.file_bytes:,} bytes, {ratio:.1f}x smaller than fp32 ({found.baselines.fp32:,})")
+    out.print(f"predicted time {found.seconds:.0f} s, {found.capture_seconds:.0f} s of it to read the calibration data")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    file: Annotated[Path, typer.Argument(help="a .fw file")],
+    model: Annotated[str, typer.Option("--model", help="file.py:function that makes the network")],
+    data: Annotated[str, typer.Option("--data", help="test data: a callable, named like --model")],
+    metric: MetricSpec = None,
+    batch_size: BatchSize = 128,
+    as_json: Json = False,
+) -> None:
+    """Read a file into a network and measure it."""
+    artifact = read(file)
+    network = fill(make_model(model), artifact)
+    measured = _measure(network, data, metric, batch_size)
+    result = {"file": str(file), "bytes": file.stat().st_size, "digest": artifact.digest()}
+    if as_json:
+        _print_json(result | {"metrics": measured} | measured)
+        return
+    for name, value in measured.items():
+        out.print(f"{name} {value:.2f}")
+    out.print(f"{result['bytes']:,} bytes", style="dim")
+
+
+@app.command("inspect")
+def inspect_command(
+    file: Annotated[Path, typer.Argument(help="a .fw file")],
+    as_json: Json = False,
+) -> None:
+    """What is in a file: every weight, how it is stored, its bits, bytes and error. Needs no network."""
+    artifact = read(file)
+    rows, size = rows_of(artifact), file.stat().st_size
+    if as_json:
+        facts = {"file": str(file), "bytes": size, "about": artifact.about, "digest": artifact.digest()}
+        _print_json(facts | {"weights": [asdict(r) for r in rows]})
+        return
+    out.print(weights_table(rows, size))
+    fp32 = artifact.about.get("fp32_bytes")
+    if isinstance(fp32, int) and fp32 > 0:
+        out.print(f"{fp32 / size:.1f}x smaller than fp32 ({fp32:,} bytes)")
+
+
+@app.command("demo")
+def demo_command(as_json: Json = False) -> None:
+    """Compress a small network for handwritten digits at several sizes. Needs no network and no files."""
+    from featherweight.demo.run import demo, demo_table
+
+    with _bars() as progress:
+        rows = demo(progress)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    out.print(demo_table(rows))
+
+
+def _recipe(
+    method: str | None,
+    bits: int | None,
+    sparsity: float | None,
+    group: int | None,
+    symmetric: bool,
+    target: str | None,
+    file: Path | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    no_repair: bool,
+) -> Recipe:
+    """The recipe that the options name, on top of a recipe file where one is given."""
+    settings: dict[str, Any] = {"method": method, "bits": bits, "sparsity": sparsity, "group": group}
+    settings = {k: v for k, v in settings.items() if v is not None} | ({"symmetric": True} if symmetric else {})
+    if settings and target is not None:
+        raise UsageError(f"--target chooses the settings itself; leave out {', '.join(f'--{k}' for k in settings)}")
+    if settings and file is not None:
+        raise UsageError(f"--recipe holds the settings; leave out {', '.join(f'--{k}' for k in settings)}")
+    base = read_recipe(file) if file else Recipe(method_of(settings))
+    return replace(
+        base,
+        include=base.include + tuple(include or ()),
+        exclude=base.exclude + tuple(exclude or ()),
+        repair=base.repair and not no_repair,
+    )
+
+
+def _measure(network: nn.Module, data: str | None, metric: str | None, batch_size: int) -> dict[str, float]:
+    """The metric, or accuracy, of a network on the data that a spec names; nothing without data."""
+    if data is None:
+        return {}
+    loaded = call(data)
+    if metric is None:
+        return accuracy(network, batches(loaded, batch_size))
+    function = find(metric)
+    try:
+        value = function(network, loaded)
+        named = value if isinstance(value, dict) else {function.__name__: value}
+        return {str(name): float(number) for name, number in named.items()}
+    except Exception as error:  # the user's code may raise anything
+        raise UsageError(f"{metric} failed: {type(error).__name__}: {error}") from error
+
+
+def _prove(
+    file: Path, digest: str, model: str, weights: Path | None, test: str | None, metric: str | None, batch_size: int
+) -> dict[str, Any]:
+    """Read the file back in a fresh process; its digest must be ours. With test data, also measure there."""
+    command = [sys.executable, "-m", "featherweight", "inspect", str(file), "--json"]
+    if test is not None:
+        command[3:5] = ["evaluate", str(file), "--model", model, "--data", test, "--batch-size", str(batch_size)]
+        command += ["--metric", metric] if metric else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise FormatError(f"{file} was written but a fresh process cannot use it: {done.stderr.strip()}")
+    found = json.loads(done.stdout)
+    if found["digest"] != digest:
+        raise FormatError(f"{file} decodes differently in a fresh process ({found['digest']}, expected {digest})")
+    return {"digest": digest, "metrics": found.get("metrics", {})}
+
+
+def _plan_table(found: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("weight", "kind", "shape", "method"):
+        table.add_column(title, overflow="fold")
+    for title in ("fp32 bytes", "bytes", "seconds"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in found.rows:
+        shape = "x".join(map(str, row.shape))
+        sizes = f"{4 * row.params:,}", f"{row.bytes:,}", f"{row.seconds:.1f}"
+        table.add_row(row.name, row.kind, shape, row.method, *sizes)
+    return table
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on standard error, one a stage, where that is a terminal."""
+    columns = TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        code = app(args=sys.argv[1:] if argv is None else argv, prog_name="featherweight", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except FeatherweightError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        err.print("stopped")
+        return 130

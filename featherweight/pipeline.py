@@ -1,0 +1,362 @@
+"""The straight line: scan, capture, solve, assemble, repair, pack. `compress` is that line, written out."""
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, fill, write
+from featherweight.artifact.read import from_bytes
+from featherweight.artifact.schema import is_foldable
+from featherweight.artifact.write import to_bytes
+from featherweight.data import Batch, batches, check
+from featherweight.errors import FeatherweightError, InfeasibleError, SolveError, UsageError
+from featherweight.layers import LeftAlone, Scan, Unit, scan
+from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution, Status
+from featherweight.recipe import Recipe, assign
+from featherweight.repair import Repair, repair
+from featherweight.report import Report, rows_of
+from featherweight.stats import LayerStats, capture
+from featherweight.target import Baselines, baselines, target_bytes
+from featherweight.weights.base import float_type
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told of (stage, steps done, steps in all) as the work goes on."""
+
+SPILL = 2 << 30  # statistics over this many bytes are kept in files instead of memory
+RATE = 4e9  # multiply-adds a second that the time estimate assumes
+
+
+def _quiet(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """What would be done with one weight. bytes: its payload, known exactly before solving. seconds: an estimate."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    method: str
+    params: int
+    bytes: int
+    seconds: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A dry run. file_bytes and seconds are predictions; capture_seconds is 0 where no data were given."""
+
+    rows: tuple[PlanRow, ...]
+    left_alone: tuple[LeftAlone, ...]
+    baselines: Baselines
+    file_bytes: int
+    capture_seconds: float
+    seconds: float
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Compressed:
+    """A compressed network in memory."""
+
+    artifact: Artifact
+    report: Report
+
+    def save(self, path: str | Path) -> int:
+        """Write the file, whole or not at all. Returns its size in bytes."""
+        return write(self.artifact, Path(path))
+
+
+def compress(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    method: Method | None = None,
+    recipe: Recipe | None = None,
+    target: str | int | None = None,
+    evaluate: Callable[[nn.Module], float | dict[str, float]] | None = None,
+    batch_size: int = 128,
+    about: dict[str, Any] | None = None,
+    progress: Progress = _quiet,
+) -> Compressed:
+    """Compress a trained network. The network itself is not changed.
+
+    Args:
+        data: calibration inputs (see `featherweight.data.batches`); about 1,000 samples work well. Labels are not used.
+            None is possible for methods that need no data.
+        method: for every weight; OBQ at 4 bits where nothing is said.
+        recipe: methods by pattern, what to leave out, and whether to correct statistics.
+        target: size of the file (`"100kB"`, `"10x"`, `"12%"`), met with the most bits, the same for every weight, that
+            fit; takes the place of the recipe's method.
+        evaluate: measures the dense network and the network read back; a number, or several by name.
+        about: extra JSON for people, kept in the file.
+
+    Raises:
+        UsageError: something does not fit together; nothing expensive was done yet.
+        InfeasibleError: the target is below the smallest reachable size, which the message names.
+    """
+    if method is not None and (recipe is not None or target is not None):
+        raise UsageError("a recipe or a target chooses the methods itself; give no method beside it")
+    recipe = recipe or Recipe(method or Obq(GridSpec(4)))
+    net = _copy(model)
+    found = scan(net, recipe.include, recipe.exclude)
+    if target is not None:
+        recipe = uniform(net, found, target, recipe)
+    methods = assign(recipe, found)
+    base = baselines(net, found.units)
+    samples = _samples(net, data, methods, batch_size)
+    before = _metrics(evaluate, net)
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        with _timed(seconds, "capture"):
+            stats = _captured(net, samples, found.units, Path(folder), progress)
+        with _timed(seconds, "solve"):
+            solutions = {}
+            for i, unit in enumerate(found.units):
+                progress("solve", i, len(found.units))
+                solutions[unit.name] = _solved(net, unit, methods[unit.name], stats[unit.name])
+            progress("solve", len(found.units), len(found.units))
+    with _timed(seconds, "repair"):
+        small = assembled(net, found, solutions)
+        outcome = Repair("none", False, None, None, 0, 0, "switched off or no data")
+        if recipe.repair and samples:
+            progress("repair", 0, 1)
+            outcome = repair(net, small, samples, found.units)
+            progress("repair", 1, 1)
+    facts = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8, "repaired": outcome.applied}
+    artifact, rest = packed(small, found, methods, solutions, (about or {}) | facts)
+    data_read_back = to_bytes(artifact)
+    if target is not None and len(data_read_back) > target_bytes(target, base.fp32):
+        raise InfeasibleError(f"the file came to {len(data_read_back):,} bytes, over the target {target}: a size "
+                              f"prediction was wrong; ask for {len(data_read_back):,}B or more")  # fmt: skip
+    after = _metrics(evaluate, fill(small, from_bytes(data_read_back))) if evaluate else {}
+    report = Report(
+        rows_of(artifact), found.left_alone, base, len(data_read_back), outcome, rest, seconds, before, after
+    )
+    return Compressed(artifact, report)
+
+
+def plan(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    recipe: Recipe | None = None,
+    target: str | int | None = None,
+    batch_size: int = 128,
+) -> Plan:
+    """What `compress` would do: method, bytes and time of every weight, and what it would leave alone, with reasons.
+
+    At most one batch of the data is run. Raises what `compress` raises before its first expensive step.
+    """
+    recipe = recipe or Recipe(Obq(GridSpec(4)))
+    net = _copy(model)
+    found = scan(net, recipe.include, recipe.exclude)
+    if target is not None:
+        recipe = uniform(net, found, target, recipe)
+    methods = assign(recipe, found)
+    samples = _samples(net, data, methods, batch_size)
+    capturing = 0.0
+    if samples:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+            _captured(net, samples[:1], found.units, Path(folder), _quiet)
+        capturing = (time.perf_counter() - start) * sum(b.size for b in samples) / max(samples[0].size, 1)
+    rows = []
+    for unit in found.units:
+        shape, method = unit.view.matrix_shape, methods[unit.name]
+        seconds = method.work(shape, unit.groups) / RATE
+        stored = method.storage(shape)
+        rows.append(PlanRow(unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds))
+    total = capturing + sum(r.seconds for r in rows)
+    size = predicted_bytes(net, found, methods)
+    return Plan(tuple(rows), found.left_alone, baselines(net, found.units), size, capturing, total)
+
+
+def uniform(net: nn.Module, found: Scan, target: str | int, recipe: Recipe) -> Recipe:
+    """The recipe with the most bits, the same for every weight, whose file fits the target.
+
+    Raises:
+        InfeasibleError: one bit is too much.
+    """
+    limit = target_bytes(target, baselines(net, found.units).fp32)
+    size = 0
+    for bits in range(8, 0, -1):
+        chosen = replace(recipe, method=Obq(GridSpec(bits)))
+        size = predicted_bytes(net, found, assign(chosen, found))
+        if size <= limit:
+            return chosen
+    raise InfeasibleError(f"the target {target} is {limit:,} bytes; the smallest reachable file has {size:,} bytes")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:  # whatever the user's module raises
+        raise UsageError(f"the network cannot be copied ({type(error).__name__}: {error})") from error
+
+
+def _samples(net: nn.Module, data: Any, methods: dict[str, Method], batch_size: int) -> list[Batch]:
+    if data is None:
+        needing = sorted({m.label for m in methods.values() if not isinstance(m, Rtn | Magnitude)})
+        if needing:
+            raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn or magnitude")
+        return []
+    samples = batches(data, batch_size)
+    check(net, samples[0])
+    return samples
+
+
+def _captured(
+    net: nn.Module, samples: list[Batch], units: tuple[Unit, ...], folder: Path, progress: Progress
+) -> dict[str, LayerStats]:
+    if not samples:
+        return {u.name: LayerStats.white(u.view.matrix_shape[1], u.groups) for u in units}
+    size = sum(8 * u.groups * u.view.matrix_shape[1] ** 2 for u in units)
+    done = 0
+    progress("capture", 0, len(samples))
+
+    def on_batch() -> None:
+        nonlocal done
+        done += 1
+        progress("capture", done, len(samples))
+
+    return capture(net, samples, units, spill=folder if size > SPILL else None, on_batch=on_batch)
+
+
+def _solved(net: nn.Module, unit: Unit, method: Method, stats: LayerStats) -> Solution:
+    parameter = net.get_parameter(unit.name)
+    try:
+        solution = method.solve(unit.view.matrix(parameter.detach().cpu()), stats)
+    except SolveError as error:
+        raise SolveError(f"{unit.name}: {error}") from error
+    if solution.status == Status.UNREACHED and isinstance(method, Rtn | Magnitude):
+        return replace(solution, status=Status.SOLVED)  # these do not look at the inputs
+    return solution
+
+
+@torch.no_grad()
+def assembled(net: nn.Module, found: Scan, solutions: dict[str, Solution]) -> nn.Module:
+    """A copy of the network with the decoded weights in place."""
+    small = copy.deepcopy(net)
+    for unit in found.units:
+        small.get_parameter(unit.name).copy_(unit.view.tensor(solutions[unit.name].weight.dense()))
+    return small
+
+
+def packed(
+    small: nn.Module, found: Scan, methods: dict[str, Method], solutions: dict[str, Solution], about: dict[str, Any]
+) -> tuple[Artifact, dict[str, float]]:
+    """The artifact of an assembled network, and how its other tensors are stored: numbers in fp16, fp32 and other
+    types, and the largest relative error that fp16 made."""
+    units = tuple(
+        StoredUnit(
+            u.names,
+            u.view,
+            solutions[u.name].weight,
+            methods[u.name].label,
+            solutions[u.name].relative_error,
+            "" if solutions[u.name].status == Status.SOLVED else solutions[u.name].status.value,
+        )
+        for u in found.units
+    )
+    rest, norms = {}, []
+    taken: set[str] = {n for u in found.units for n in u.names}
+    facts = {"fp16": 0, "fp32": 0, "other": 0, "fp16_error": 0.0}
+
+    def stored(*tensors: Tensor) -> list[Tensor]:
+        dtype = torch.float16 if all(float_type(t) == torch.float16 for t in tensors) else torch.float32
+        facts["fp16" if dtype == torch.float16 else "fp32"] += sum(t.numel() for t in tensors)
+        for t in tensors:
+            if dtype == torch.float16 and t.numel() and (top := float(t.double().abs().max())) > 0:
+                facts["fp16_error"] = max(
+                    facts["fp16_error"], float((t.half().double() - t.double()).abs().max()) / top
+                )
+        return [t.detach().cpu().to(dtype) for t in tensors]
+
+    for name, module in _foldable(small):
+        scale, shift = stored(*_folded(module))
+        norms.append(FoldedNorm(name, scale, shift, float(module.eps)))
+        taken |= {f"{name}.{t}" for t in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    seen: set[int] = set()
+    for name, tensor in small.state_dict(keep_vars=True).items():
+        if name in taken or name.endswith(".num_batches_tracked") or id(tensor) in seen:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"the network's state has '{name}' of type {type(tensor).__name__}; only tensors can be kept"
+            )
+        seen.add(id(tensor))
+        if tensor.is_floating_point():
+            rest[name] = stored(tensor)[0]
+        else:
+            rest[name] = tensor.detach().cpu().contiguous()
+            facts["other"] += tensor.numel()
+    return Artifact(units, rest, tuple(norms), about), facts
+
+
+def _foldable(small: nn.Module) -> list[tuple[str, Any]]:
+    """BatchNorms whose tensors belong to nobody else, by their only name."""
+    names: dict[int, list[str]] = {}
+    uses: dict[int, int] = {}
+    for name, module in small.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for tensor in small.state_dict(keep_vars=True).values():
+        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    return [
+        (name, module)
+        for name, module in small.named_modules()
+        if is_foldable(module)
+        and len(names[id(module)]) == 1
+        and all(uses[id(t)] == 1 for t in (module.weight, module.bias, module.running_mean, module.running_var))
+    ]
+
+
+def _folded(module: Any) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a BatchNorm in eval mode, float64."""
+    scale = module.weight.double() / torch.sqrt(module.running_var.double() + module.eps)
+    return scale, module.bias.double() - module.running_mean.double() * scale
+
+
+def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method]) -> int:
+    """Size of the whole file before anything is solved: the payload exactly where scales and other tensors fit fp16,
+    the header within a few bytes a weight."""
+    artifact, _ = packed(net, replace(found, units=()), {}, {}, {})
+    names = {n for u in found.units for n in u.names}
+    rest = {n: t for n, t in artifact.rest.items() if n not in names}
+    other = len(to_bytes(replace(artifact, rest=rest)))
+    payload = sum(methods[u.name].storage(u.view.matrix_shape) for u in found.units)
+    header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
+    labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
+    return other + payload + header + labels + 300
+
+
+def _metrics(evaluate: Callable[[nn.Module], float | dict[str, float]] | None, model: nn.Module) -> dict[str, float]:
+    if evaluate is None:
+        return {}
+    try:
+        with torch.no_grad():
+            value = evaluate(model)
+    except FeatherweightError:
+        raise
+    except Exception as error:  # the user's metric may raise anything
+        raise UsageError(f"the metric failed: {type(error).__name__}: {error}") from error
+    named = value if isinstance(value, dict) else {"metric": value}
+    return {str(name): float(number) for name, number in named.items()}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Any:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 2)

@@ -1,0 +1,154 @@
+"""Settings in words -> methods. Besides reading a file, this is the only place where a name becomes a class."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from featherweight.errors import UsageError
+from featherweight.layers import Scan, matching
+from featherweight.methods import Gptq, GridSpec, Magnitude, Method, Obq, Obs, PruneQuantize, Rtn
+
+QUANTIZERS: dict[str, type[Rtn] | type[Gptq] | type[Obq]] = {"rtn": Rtn, "gptq": Gptq, "obq": Obq}
+PRUNERS: dict[str, type[Magnitude] | type[Obs]] = {"magnitude": Magnitude, "obs": Obs}
+SETTINGS = ("method", "bits", "sparsity", "group", "symmetric", "damp", "quantizer")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Another method for the units whose name matches a shell pattern."""
+
+    pattern: str
+    method: Method
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which weights are compressed, and how: `method`, unless an override matches (the last one that does wins)."""
+
+    method: Method
+    overrides: tuple[Override, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    repair: bool = True
+
+
+def method_of(settings: Mapping[str, Any]) -> Method:
+    """The method that settings name: `method` (rtn, gptq, obq, magnitude, obs), `bits`, `sparsity`, `group`,
+    `symmetric`, `damp`, and `quantizer` (gptq or obq) for what a pruner with `bits` quantizes with. No setting at all
+    means OBQ at 4 bits.
+
+    >>> method_of({"method": "gptq", "bits": 3}).label
+    'gptq 3 bit'
+    >>> method_of({"method": "obs", "sparsity": 0.5, "bits": 4}).label
+    'obs 50% + obq 4 bit'
+
+    Raises:
+        UsageError: an unknown name, a setting that the method does not have, or one that it lacks.
+    """
+    given = {k: v for k, v in settings.items() if v is not None} or {"method": "obq", "bits": 4}
+    unknown = sorted(set(given) - set(SETTINGS))
+    if unknown:
+        raise UsageError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTINGS)}")
+    name = given.pop("method", "obs" if "sparsity" in given else "obq")
+    if name not in QUANTIZERS | PRUNERS:
+        raise UsageError(f"unknown method {name!r}; expected one of {', '.join(QUANTIZERS | PRUNERS)}")
+    damp: dict[str, Any] = {"damp": _number(given.pop("damp"), "damp")} if "damp" in given else {}
+    if name in ("rtn", "magnitude") and damp:
+        raise UsageError(f"method '{name}' has no setting 'damp'")
+    quantizer = given.pop("quantizer", "obq")
+    grid = _grid(given, needed=name in QUANTIZERS, method=name)
+    if name in QUANTIZERS:
+        _nothing_left(given, name)
+        assert grid is not None
+        return QUANTIZERS[name](grid, **damp)
+    if "sparsity" not in given:
+        raise UsageError(f"method '{name}' needs a sparsity, for example --sparsity 0.5")
+    pruner = PRUNERS[name](_number(given.pop("sparsity"), "sparsity"), **damp)
+    _nothing_left(given, name)
+    if grid is None:
+        return pruner
+    if quantizer not in ("gptq", "obq"):
+        raise UsageError(f"the quantizer of a pruned layer must be gptq or obq, got {quantizer!r}")
+    return PruneQuantize(pruner, Gptq(grid) if quantizer == "gptq" else Obq(grid))
+
+
+def _grid(given: dict[str, Any], needed: bool, method: str) -> GridSpec | None:
+    if "bits" not in given:
+        if needed:
+            raise UsageError(f"method '{method}' needs a number of bits, for example --bits 4")
+        return None
+    symmetric = given.pop("symmetric", False)
+    if not isinstance(symmetric, bool):
+        raise UsageError(f"symmetric must be true or false, got {symmetric!r}")
+    return GridSpec(given.pop("bits"), symmetric, given.pop("group", None))
+
+
+def _nothing_left(given: dict[str, Any], method: str) -> None:
+    if given:
+        raise UsageError(f"method '{method}' has no setting '{min(given)}'")
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise UsageError(f"{name} must be a number of at least 0, got {value!r}")
+    return float(value)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a TOML file: the settings of `method_of` at the top, `include` and `exclude` lists of patterns,
+    `repair = false` to leave statistics alone, and any number of `[[override]]` tables with `match` and settings.
+
+    Raises:
+        UsageError: the file is missing, no TOML, or has a wrong entry; the message names it.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return recipe_of(content)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def recipe_of(content: Mapping[str, Any]) -> Recipe:
+    """Like `read_recipe`, of the parsed content. Overrides inherit every setting they do not give, unless they name
+    another method."""
+    top = {k: v for k, v in content.items() if k not in ("override", "include", "exclude", "repair")}
+    overrides = []
+    tables = content.get("override", [])
+    if not isinstance(tables, list) or not all(isinstance(t, dict) and isinstance(t.get("match"), str) for t in tables):
+        raise UsageError("each [[override]] needs a pattern: match = 'layer3.*'")
+    for table in tables:
+        own = {k: v for k, v in table.items() if k != "match"}
+        overrides.append(Override(table["match"], method_of(own if "method" in own else top | own)))
+    repair = content.get("repair", True)
+    if not isinstance(repair, bool):
+        raise UsageError(f"repair must be true or false, got {repair!r}")
+    patterns = [_patterns(content, key) for key in ("include", "exclude")]
+    return Recipe(method_of(top), tuple(overrides), *patterns, repair=repair)
+
+
+def _patterns(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = content.get(key, [])
+    if not isinstance(value, list | tuple) or not all(isinstance(p, str) for p in value):
+        raise UsageError(f"{key} must be a list of patterns, got {value!r}")
+    return tuple(value)
+
+
+def assign(recipe: Recipe, found: Scan) -> dict[str, Method]:
+    """The method of every unit, by unit name.
+
+    Raises:
+        UsageError: an override matches no unit.
+    """
+    chosen = {u.name: recipe.method for u in found.units}
+    for override in recipe.overrides:
+        chosen |= {u.name: override.method for u in matching(override.pattern, found.units)}
+    return chosen

@@ -1,0 +1,146 @@
+"""What was done and what came of it: plain data, and tables for people."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, final
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from featherweight.artifact import Artifact
+from featherweight.layers import LeftAlone
+from featherweight.repair import Repair
+from featherweight.target import Baselines
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One weight. bytes: its exact payload. bits: per weight, everything it stores included. error: share of the
+    layer's output energy that was lost on the calibration data (0 is lossless), None where there were no data."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    method: str
+    params: int
+    bytes: int
+    bits: float
+    error: float | None
+    note: str = ""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of `compress`. file_bytes: the whole file. before, after: the metrics of the dense network and of
+    the network read back, where one was given. rest: how the other tensors are stored. seconds: by stage."""
+
+    rows: tuple[Row, ...]
+    left_alone: tuple[LeftAlone, ...]
+    baselines: Baselines
+    file_bytes: int
+    repair: Repair
+    rest: dict[str, float]
+    seconds: dict[str, float]
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than fp32 the file is."""
+        return self.baselines.fp32 / self.file_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self) | {"ratio": self.ratio}
+
+
+def rows_of(artifact: Artifact) -> tuple[Row, ...]:
+    """The per-weight table of a file."""
+    rows = []
+    for unit in artifact.units:
+        weight = unit.weight
+        params = weight.shape[0] * weight.shape[1]
+        kind = str(weight.meta().get("values", weight.kind)) if weight.kind == "sparse" else weight.kind
+        rows.append(
+            Row(
+                " = ".join(unit.names),
+                unit.view.shape,
+                weight.kind if kind == weight.kind else f"{weight.kind} {kind}",
+                unit.method,
+                params,
+                weight.bits() // 8,
+                weight.bits() / params,
+                unit.error,
+                unit.note,
+            )
+        )
+    return tuple(rows)
+
+
+def weights_table(rows: tuple[Row, ...], file_bytes: int) -> Table:
+    """A line a weight, the sum and the file below."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("weight", "shape", "stored as", "method"):
+        table.add_column(title, overflow="fold")
+    for title in ("bits/weight", "bytes", "error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        error = "" if row.error is None else f"{row.error:.2%}"
+        shape = "x".join(map(str, row.shape))
+        table.add_row(row.name, shape, row.kind, row.method, f"{row.bits:.2f}", f"{row.bytes:,}", error)
+        if row.note:
+            table.add_row(Text(f"  {row.note}", style="yellow"))
+    payload = sum(r.bytes for r in rows)
+    params = sum(r.params for r in rows)
+    table.add_section()
+    table.add_row(f"{len(rows)} weights", "", "", "", f"{8 * payload / max(params, 1):.2f}", f"{payload:,}")
+    table.add_row("everything else and the header", "", "", "", "", f"{file_bytes - payload:,}")
+    table.add_row("file", "", "", "", "", f"{file_bytes:,}", style="bold")
+    return table
+
+
+def left_alone_table(left: tuple[LeftAlone, ...]) -> Table:
+    """What is stored as it is, by reason."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("left alone")
+    table.add_column("numbers", justify="right")
+    table.add_column("why", overflow="fold")
+    for reason in dict.fromkeys(x.reason for x in left):
+        same = [x for x in left if x.reason == reason]
+        names = same[0].name if len(same) == 1 else f"{same[0].name} and {len(same) - 1} more"
+        table.add_row(names, f"{sum(x.params for x in same):,}", reason)
+    return table
+
+
+def repair_line(repair: Repair) -> str:
+    """One sentence."""
+    what = {"batchnorm": "BatchNorm statistics", "mean": "layer means"}.get(repair.kind, "correction")
+    note = f" ({repair.note})" if repair.note else ""
+    if repair.kind == "none":
+        return f"correction: none{note}"
+    change = f"distance to the dense outputs on held-out data {repair.before:.3g} -> {repair.after:.3g}"
+    verdict = "applied" if repair.applied else "not applied: it did not help"
+    return f"{what} of {repair.sites} layers corrected, {change}: {verdict}{note}"
+
+
+def summary(report: Report, where: str) -> Group:
+    """What `compress` prints last."""
+    sizes = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    sizes.add_column("")
+    sizes.add_column("bytes", justify="right")
+    sizes.add_column("smaller", justify="right")
+    metrics = list(report.before)
+    for name in metrics:
+        sizes.add_column(name, justify="right")
+    base = report.baselines
+    blank = [""] * len(metrics)
+    sizes.add_row("fp32", f"{base.fp32:,}", "1.0x", *(f"{report.before[m]:.2f}" for m in metrics))
+    sizes.add_row("half", f"{base.half:,}", f"{base.fp32 / base.half:.1f}x", *blank, style="dim")
+    sizes.add_row("plain int8", f"{base.int8:,}", f"{base.fp32 / base.int8:.1f}x", *blank, style="dim")
+    after = [f"{report.after[m]:.2f}" if m in report.after else "" for m in metrics]
+    sizes.add_row(where, f"{report.file_bytes:,}", f"{report.ratio:.1f}x", *after, style="bold")
+    notes = [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    return Group(*notes, Text(repair_line(report.repair)), Text(times, style="dim"), Text(), sizes)

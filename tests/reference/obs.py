@@ -1,0 +1,82 @@
+"""Optimal Brain Compression on one row at a time, straight from the paper: every inverse is computed from scratch.
+
+A row w (cols,) and a Hessian h (cols, cols), float64 numpy arrays. The loss of changing w to v is (v - w) h (v - w).
+"""
+
+from itertools import product
+
+import numpy as np
+from numpy import ndarray
+
+
+def loss(w: ndarray, h: ndarray, v: ndarray) -> float:
+    return float((v - w) @ h @ (v - w))
+
+
+def prune_row(w: ndarray, h: ndarray, steps: int) -> tuple[list[int], list[float], ndarray]:
+    """ExactOBS: (columns in the order of removal, half the loss that each step adds, weights at the end)."""
+    w, active = w.copy(), list(range(len(w)))
+    order, losses = [], []
+    for _ in range(steps):
+        inverse = np.linalg.inv(h[np.ix_(active, active)])
+        scores = [w[p] ** 2 / inverse[i, i] for i, p in enumerate(active)]
+        i = int(np.argmin(scores))
+        order.append(active[i])
+        losses.append(scores[i] / 2)
+        w[active] -= w[active[i]] / inverse[i, i] * inverse[:, i]
+        w[active[i]] = 0
+        del active[i]
+    return order, losses, w
+
+
+def cheapest(losses: list[list[float]], count: int) -> list[int]:
+    """How many steps each row takes when the cheapest next step over all rows is taken `count` times."""
+    taken = [0] * len(losses)
+    for _ in range(count):
+        following = {r: losses[r][taken[r]] for r in range(len(losses)) if taken[r] < len(losses[r])}
+        taken[min(following, key=following.__getitem__)] += 1
+    return taken
+
+
+def refit_row(w: ndarray, h: ndarray, keep: ndarray) -> ndarray:
+    """The best weights that are zero outside `keep`: the derivative of the loss is zero on `keep`."""
+    v = np.zeros_like(w)
+    if keep.any():
+        v[keep] = np.linalg.solve(h[np.ix_(keep, keep)], (h @ w)[keep])
+    return v
+
+
+def best_losses(w: ndarray, h: ndarray) -> list[float]:
+    """Entry k: the smallest loss of any choice of k removals over all rows of w (rows, cols). Tries every mask."""
+    rows, cols = w.shape
+    masks = list(product((False, True), repeat=cols))
+    table = [[(m.count(False), loss(row, h, refit_row(row, h, np.array(m)))) for m in masks] for row in w]
+    best = [np.inf] * (rows * cols + 1)
+    for choice in product(*table):
+        removed, lost = sum(n for n, _ in choice), sum(e for _, e in choice)
+        best[removed] = min(best[removed], lost)
+    return best
+
+
+def nearest(value: float, scale: float, zero: float, top: int) -> int:
+    return int(min(max(np.rint(value / scale + zero), 0), top))
+
+
+def quantize_row(w: ndarray, h: ndarray, scale: ndarray, zero: ndarray, top: int) -> ndarray:
+    """OBQ: the codes of a row. A weight that lies more than half a step from its grid goes first, the furthest first;
+    otherwise the one that costs least."""
+    w, active = w.copy(), list(range(len(w)))
+    codes = np.zeros(len(w), int)
+    while active:
+        inverse = np.linalg.inv(h[np.ix_(active, active)])
+        code = [nearest(w[p], scale[p], zero[p], top) for p in active]
+        residual = [w[p] - scale[p] * (c - zero[p]) for p, c in zip(active, code, strict=True)]
+        outside = [i for i, p in enumerate(active) if abs(residual[i]) > scale[p] / 2 * (1 + 1e-6)]
+        if outside:
+            i = max(outside, key=lambda i: abs(residual[i]))
+        else:
+            i = min(range(len(active)), key=lambda i: residual[i] ** 2 / inverse[i, i])
+        codes[active[i]] = code[i]
+        w[active] -= residual[i] / inverse[i, i] * inverse[:, i]
+        del active[i]
+    return codes
