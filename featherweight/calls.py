@@ -5,7 +5,9 @@ called with a unit's parameter as its weight. So overridden `forward`s, padding 
 modules are all seen as they are, and a recurrent layer's hidden states are the ones it really computes.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, final
 
 import torch
@@ -40,6 +42,12 @@ class Calls(TorchFunctionMode):
             if (unit := self._units.get(id(weight))) is not None:
                 self._on_call(unit, inputs)
         return func(*args, **kwargs)
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Run compiled parts of a network as they are written: `torch.compile` would trace through `Calls` and call it with
+    other numbers. While the compiler is not even loaded (it takes seconds) no network has such parts."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _uses(func: Any, args: tuple, kwargs: dict) -> Iterator[tuple[Tensor, Inputs | Tensor]]:

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -35,7 +34,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained PyTorch network small, and prove that it still works.",
 )
-out, err = Console(), Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 110, soft_wrap=True)
+err = Console(stderr=True)
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
@@ -284,14 +284,10 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        code = app(args=sys.argv[1:] if argv is None else argv, prog_name="featherweight", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        app(args=sys.argv[1:] if argv is None else argv, prog_name="featherweight")
+    except SystemExit as done:  # how typer ends, also after a wrong option
+        return done.code if isinstance(done.code, int) else 0
     except FeatherweightError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        err.print("stopped")
-        return 130
+    return 0

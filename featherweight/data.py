@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from featherweight.errors import UsageError
 
@@ -42,7 +42,8 @@ class Batch:
 def batches(data: Any, batch_size: int = 128) -> list[Batch]:
     """Read data into memory as batches.
 
-    `data` is a tensor of inputs, a Dataset (batched here, in order), or an iterable of batches such as a DataLoader.
+    `data` is a tensor of inputs, a tuple of tensors (inputs..., target), a Dataset (both batched here, in order), or an
+    iterable of batches such as a DataLoader.
     A batch is a tensor; a tuple whose last item is the target; a dict of keyword arguments, `labels` being the target;
     or a `Batch`.
 
@@ -51,6 +52,10 @@ def batches(data: Any, batch_size: int = 128) -> list[Batch]:
     """
     if isinstance(data, Tensor):
         found = [Batch((part,), {}) for part in data.split(batch_size)] if data.ndim and data.numel() else []
+    elif isinstance(data, tuple) and len(data) > 1 and all(isinstance(t, Tensor) for t in data):
+        if len({len(t) for t in data}) > 1:
+            raise UsageError(f"tensors of one data set must be equally long, got {[len(t) for t in data]}")
+        found = [_batch(item) for item in DataLoader(TensorDataset(*data), batch_size=batch_size)]
     elif isinstance(data, Dataset):
         found = [_batch(item) for item in DataLoader(data, batch_size=batch_size)]
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
@@ -80,8 +85,10 @@ def _batch(item: Any) -> Batch:
 
 def _move(value: Any, device: torch.device) -> Any:
     match value:
-        case Tensor() | PackedSequence():
+        case Tensor():
             return value.to(device)
+        case PackedSequence():
+            return value.to(device)  # pyright: ignore[reportArgumentType] - it takes what Tensor.to takes
         case tuple() if hasattr(value, "_fields"):
             return type(value)(*(_move(v, device) for v in value))
         case tuple() | list():
@@ -99,7 +106,7 @@ def check(model: nn.Module, batch: Batch) -> None:
     """
     try:
         with torch.no_grad():
-            batch.run(model)
+            batch.to(device_of(model)).run(model)
     except Exception as error:  # the user's network may raise anything
         shapes = ", ".join(_describe(v) for v in chain(batch.args, batch.kwargs.values()))
         raise UsageError(f"the network does not accept the data ({shapes}): {type(error).__name__}: {error}") from error

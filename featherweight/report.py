@@ -82,22 +82,21 @@ def rows_of(artifact: Artifact) -> tuple[Row, ...]:
 def weights_table(rows: tuple[Row, ...], file_bytes: int) -> Table:
     """A line a weight, the sum and the file below."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("weight", "shape", "stored as", "method"):
+    for title in ("weight", "stored as", "method"):
         table.add_column(title, overflow="fold")
-    for title in ("bits/weight", "bytes", "error"):
+    for title in ("bits", "bytes", "error"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         error = "" if row.error is None else f"{row.error:.2%}"
-        shape = "x".join(map(str, row.shape))
-        table.add_row(row.name, shape, row.kind, row.method, f"{row.bits:.2f}", f"{row.bytes:,}", error)
+        table.add_row(row.name, row.kind, row.method, f"{row.bits:.2f}", f"{row.bytes:,}", error)
         if row.note:
             table.add_row(Text(f"  {row.note}", style="yellow"))
     payload = sum(r.bytes for r in rows)
     params = sum(r.params for r in rows)
     table.add_section()
-    table.add_row(f"{len(rows)} weights", "", "", "", f"{8 * payload / max(params, 1):.2f}", f"{payload:,}")
-    table.add_row("everything else and the header", "", "", "", "", f"{file_bytes - payload:,}")
-    table.add_row("file", "", "", "", "", f"{file_bytes:,}", style="bold")
+    table.add_row(f"{len(rows)} weights", "", "", f"{8 * payload / max(params, 1):.2f}", f"{payload:,}")
+    table.add_row("the rest and the header", "", "", "", f"{file_bytes - payload:,}")
+    table.add_row("file", "", "", "", f"{file_bytes:,}", style="bold")
     return table
 
 

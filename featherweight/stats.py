@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from featherweight.calls import Calls, Inputs
+from featherweight.calls import Calls, Inputs, eager
 from featherweight.data import Batch, device_of
 from featherweight.layers import Unit
 
@@ -134,7 +134,7 @@ def capture(
 
     device = device_of(model)
     for batch in data:
-        with Calls(model, units, on_call):
+        with eager(), Calls(model, units, on_call):
             batch.to(device).run(model)
         on_batch()
     return {name: s.stats() for name, s in sums.items()}

@@ -218,6 +218,17 @@ def test_only_the_chosen_units_are_told_and_the_mode_ends():
     assert told == ["1.weight"]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_network_is_seen_as_it_is_written():
+    plain, x = drawn(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))), random(5, 4)
+    whole = torch.compile(plain, backend="eager")
+    for _ in range(2):  # with the compiler's first call, and after it
+        stats = captured(whole, x)
+        agree(stats["_orig_mod.0.weight"], [x.T])
+        agree(stats["_orig_mod.2.weight"], [plain[:2](x).T])
+        whole(x)
+
+
 # ---------------------------------------------------------------- recurrent layers
 RECURRENT = [
     nn.LSTM(3, 4),

@@ -13,7 +13,6 @@ by least squares and the codes polished again, ROUNDS times, keeping what lowers
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -89,14 +88,14 @@ def greedy(w: Tensor, hessian: Tensor, points: Points, keep: Tensor | None = Non
         block = slice(b * rows, (b + 1) * rows)
         if keep is None:
             hinv = torch.cholesky_inverse(torch.linalg.cholesky(h))
-            codes[block] = torch.from_numpy(quantize_rows(*_arrays(w[block], hinv, scale[block], zero[block]), top))
+            codes[block] = _rounded(w[block], hinv, scale[block], zero[block], top)
             continue
         for r in range(b * rows, (b + 1) * rows):
             kept = keep[r].nonzero()[:, 0]
             if len(kept):
                 hinv = torch.cholesky_inverse(torch.linalg.cholesky(h[kept][:, kept]))
-                row = _arrays(w[r : r + 1, kept], hinv, scale[r : r + 1, kept], zero[r : r + 1, kept])
-                codes[r, kept] = torch.from_numpy(quantize_rows(*row, top))[0]
+                one = slice(r, r + 1)
+                codes[r, kept] = _rounded(w[one, kept], hinv, scale[one, kept], zero[one, kept], top)[0]
     return codes
 
 
@@ -109,8 +108,8 @@ def polish(w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: Tens
     top = float(2**points.spec.bits - 1)
     for b, h in enumerate(hessian):
         block = slice(b * rows, (b + 1) * rows)
-        part = out[block].numpy()
-        polish_rows(*_arrays(w[block], h, scale[block], zero[block], stored[block]), part, top, SWEEPS)
+        w_rows, scales, zeros, kept = (_array(t[block]) for t in (w, scale, zero, stored))
+        polish_rows(w_rows, _array(h), scales, zeros, kept, out[block].numpy(), top, SWEEPS)
     return out
 
 
@@ -158,5 +157,9 @@ def _refitted(w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: T
     return kept, torch.where(better, after, codes)
 
 
-def _arrays(*tensors: Tensor) -> Iterator[np.ndarray]:
-    return (t.contiguous().numpy() for t in tensors)
+def _rounded(w: Tensor, hinv: Tensor, scale: Tensor, zero: Tensor, top: float) -> Tensor:
+    return torch.from_numpy(quantize_rows(_array(w), _array(hinv), _array(scale), _array(zero), top))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().numpy()

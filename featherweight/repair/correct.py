@@ -21,7 +21,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from featherweight.calls import Calls, Inputs
+from featherweight.calls import Calls, Inputs, eager
 from featherweight.data import Batch, device_of
 from featherweight.layers import Unit
 from featherweight.repair.distance import output_distance
@@ -233,16 +233,12 @@ def _mean(dense: nn.Module, model: nn.Module, batch: Batch, units: Sequence[Unit
         return hook
 
     with torch.no_grad():
-        with (
-            _hooked([modules[n].register_forward_hook(observe_norm(n)) for n in shifted]),
-            Calls(dense, chosen, observe),
-        ):
-            batch.run(dense)
-        with (
-            _hooked([m.register_forward_hook(correct_norm(n)) for n, m in shifted.items()]),
-            Calls(model, chosen, correct),
-        ):
-            batch.run(model)
+        with _hooked([modules[n].register_forward_hook(observe_norm(n)) for n in shifted]):
+            with eager(), Calls(dense, chosen, observe):
+                batch.run(dense)
+        with _hooked([m.register_forward_hook(correct_norm(n)) for n, m in shifted.items()]):
+            with eager(), Calls(model, chosen, correct):
+                batch.run(model)
     return sum(len(v) == 1 for v in (*wanted.values(), *shifts.values()))
 
 

@@ -54,9 +54,15 @@ class Grid:
     def __post_init__(self) -> None:
         require(1 <= self.nbits <= 8, "bits must be 1 to 8", self.nbits)
         require(0 <= self.group <= max(self.shape[1], 1), "group must be 0 to the number of columns", self.group)
+        require(self.codes.dtype == torch.uint8, "codes must be uint8", self.codes.dtype)
+        require(int(self.codes.max()) < 2**self.nbits, f"codes must be below {2**self.nbits}", int(self.codes.max()))
         require(self.scale.dtype in FLOATS.values(), "scales must be float16 or float32", self.scale.dtype)
         expected = scale_shape(self.shape, self.group)
         require(tuple(self.scale.shape) == expected, f"scales must have shape {expected}", tuple(self.scale.shape))
+        if self.zero is not None:
+            require(tuple(self.zero.shape) == expected, f"zeros must have shape {expected}", tuple(self.zero.shape))
+            require(self.zero.dtype == torch.uint8, "zeros must be uint8", self.zero.dtype)
+            require(int(self.zero.max()) < 2**self.nbits, f"zeros must be below {2**self.nbits}", int(self.zero.max()))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -74,17 +74,24 @@ def test_rounding_finds_the_nearest_point(spec):
     assert torch.allclose(decoded.double(), scale * (codes - zero), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("magnitude", [1e-9, 1e-6, 1e-3, 1.0, 1e6, 1e12])
-@pytest.mark.parametrize("bits", [2, 8])
-def test_the_magnitude_of_the_weights_does_not_matter(bits, magnitude):
+@pytest.mark.parametrize(
+    ("bits", "magnitude", "dtype"),
+    [
+        (2, 1e-9, torch.float32),
+        (8, 1e-5, torch.float32),
+        (8, 1e-2, torch.float16),
+        (2, 1.0, torch.float16),
+        (8, 1e6, torch.float16),
+        (2, 1e6, torch.float32),
+        (8, 1e12, torch.float32),
+    ],
+)
+def test_the_magnitude_of_the_weights_does_not_matter(bits, magnitude, dtype):
     w = weights(4, 16, seed=2)
     reference = Rtn(GridSpec(bits)).solve(w, LayerStats.white(16))
-    solution = Rtn(GridSpec(bits)).solve(w * magnitude, LayerStats.white(16))
+    solution = Rtn(GridSpec(bits)).solve(w * 10 * magnitude, LayerStats.white(16))
     assert solution.relative_error == pytest.approx(reference.relative_error, rel=0.05)
-    if magnitude in (1e-9, 1e6, 1e12):
-        assert solution.weight.scale.dtype == torch.float32
-    if magnitude == 1.0:
-        assert solution.weight.scale.dtype == torch.float16
+    assert solution.weight.scale.dtype == dtype
 
 
 @pytest.mark.parametrize("magnitude", [1e-9, 1e-4, 1.0, 1e6])

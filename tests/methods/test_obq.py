@@ -205,7 +205,7 @@ def test_refitting_never_harms_a_row(spec):
 def test_obq_beats_gptq_beats_rounding(group, symmetric, bits, blocks):
     w, stats = problem(8, 32, seed=5, blocks=blocks)
     spec = GridSpec(bits, symmetric, group)
-    ours, theirs, nearest = (m.solve(w, stats) for m in (Obq(spec), Gptq(spec), Rtn(spec)))
+    ours, theirs, nearest = (m.solve(w, stats) for m in (Obq(spec, 0.001), Gptq(spec, 0.001), Rtn(spec)))
     assert ours.error < theirs.error < nearest.error
     assert ours.weight.bits() == theirs.weight.bits() == nearest.weight.bits()
 
@@ -215,7 +215,7 @@ def test_obq_is_at_least_as_good_as_each_of_its_starts():
         w, stats = problem(6, 16, seed=seed)
         hessian = damped(stats.gram, 0.001)
         points = choose(w, GridSpec(2), stats.gram.diagonal(dim1=1, dim2=2))
-        solution = Obq(GridSpec(2)).solve(w, stats)
+        solution = Obq(GridSpec(2), damp=0.001).solve(w, stats)
         final = Points(GridSpec(2), (6, 16), solution.weight.scale, solution.weight.zero)
         found = obq.row_errors(w, hessian, final, solution.weight.codes)
         for codes in (obq.greedy(w, hessian, points), obq.gptq.quantize(w, stats.gram, points, 0.001, True, None)[0]):

@@ -1,0 +1,114 @@
+"""The table of README.md: real networks, compressed by the command a user would type, read back in a fresh process.
+
+    python -m bench.networks [--only resnet20_cifar10] [--zoo ../shared/zoo.py]
+
+Writes bench/results/networks.json (a run of some networks keeps the lines of the others) and networks.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+NETWORKS = {  # network: (calibration data, test data, settings)
+    "resnet20_cifar10": (
+        "cifar10_calibration",
+        "cifar10_test",
+        [
+            "--method rtn --bits 4",
+            "--method obq --bits 4",
+            "--method gptq --bits 4",
+            "--method obq --bits 3",
+            "--method gptq --bits 3",
+            "--method obq --bits 2",
+            "--method gptq --bits 2",
+            "--method obs --sparsity 0.5",
+            "--method obs --sparsity 0.7",
+            "--method obs --sparsity 0.5 --bits 4",
+        ],
+    ),
+    "resnet20_cifar100": ("cifar100_calibration", "cifar100_test", ["--method obq --bits 4", "--method obq --bits 3"]),
+    "lstm_speech": ("speech_calibration", "speech_test", ["--method obq --bits 8", "--method obq --bits 4"]),
+    "efficientnet_lite0": (
+        "imagenet_calibration",
+        "imagenet_val",
+        ["--method obq --bits 8", "--method obq --bits 4", "--method obq --bits 3"],
+    ),
+}
+
+
+def measure(zoo: Path, network: str, calibration: str, test: str, settings: str, file: Path) -> dict[str, Any]:
+    """One line of the table: the command's own JSON, and its wall time including start-up."""
+    command = [sys.executable, "-m", "featherweight", "compress", f"{zoo}:{network}", "-o", str(file), "--json"]
+    command += ["--data", f"{zoo}:{calibration}", "--test", f"{zoo}:{test}", *settings.split()]
+    command += ["--batch-size", "32"] if network == "efficientnet_lite0" else []
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wall = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    found = json.loads(done.stdout)
+    return {
+        "network": network,
+        "settings": settings,
+        "fp32_bytes": found["baselines"]["fp32"],
+        "half_bytes": found["baselines"]["half"],
+        "int8_bytes": found["baselines"]["int8"],
+        "file_bytes": found["file_bytes"],
+        "before": round(found["before"]["top1"], 2),
+        "after": round(found["after"]["top1"], 2),
+        "repair": found["repair"],
+        "stages_s": found["seconds"],
+        "compress_s": round(sum(found["seconds"].values()), 1),
+        "wall_s": round(wall, 1),
+    }
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    rows = ["| network | settings | file bytes | of fp32 | smaller | top-1 before | after | time |"]
+    rows.append("|---|---|--:|--:|--:|--:|--:|--:|")
+    for x in lines:
+        share, ratio = x["file_bytes"] / x["fp32_bytes"], x["fp32_bytes"] / x["file_bytes"]
+        rows.append(
+            f"| {x['network']} | `{x['settings']}` | {x['file_bytes']:,} | {share:.1%} | {ratio:.1f}x | "
+            f"{x['before']:.2f} | {x['after']:.2f} | {x['compress_s']:.0f} s |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=NETWORKS, action="append")
+    parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    store = RESULTS / "networks.json"
+    chosen = options.only or list(NETWORKS)
+    kept = json.loads(store.read_text())["lines"] if store.exists() else []
+    lines = [x for x in kept if x["network"] not in chosen]
+    for network in chosen:
+        calibration, test, every = NETWORKS[network]
+        with tempfile.TemporaryDirectory() as folder:
+            for settings in every:
+                lines.append(measure(options.zoo, network, calibration, test, settings, Path(folder) / "small.fw"))
+                print(table(lines[-1:]).splitlines()[-1], flush=True)
+    lines.sort(key=lambda x: list(NETWORKS).index(x["network"]))
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    store.write_text(json.dumps({"machine": machine, "lines": lines}, indent=1) + "\n")
+    (RESULTS / "networks.md").write_text(table(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Shared by all tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+torch.set_num_threads(1)  # small problems: threads cost more than they give, above all beside other work
+
+
+@pytest.fixture(scope="session")
+def zoo():
+    """The trained networks and data of ../shared, or a skip with the reason."""
+    if not (SHARED / "zoo.py").is_file():
+        pytest.skip("../shared with trained networks and data is absent")
+    sys.path.insert(0, str(SHARED))
+    try:
+        import zoo
+    finally:
+        sys.path.remove(str(SHARED))
+    return zoo
