@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from featherweight import __version__
 from featherweight.artifact import fill, read
 from featherweight.data import batches
 from featherweight.errors import FeatherweightError, FormatError, UsageError
@@ -85,7 +85,7 @@ def compress_command(
     network = make_model(model, weights)
     calibration = call(data) if data else None
     before = _measure(network, test, metric, batch_size)
-    about = {"model": model, "tool": f"featherweight {__version__}"}
+    about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     with _bars() as progress:
         small = compress(
             network, calibration, recipe=chosen, target=target, batch_size=batch_size, about=about, progress=progress

@@ -338,7 +338,7 @@ def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method]) -> 
     payload = sum(methods[u.name].storage(u.view.matrix_shape) for u in found.units)
     header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
     labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
-    return other + payload + header + labels + 300
+    return other + payload + header + labels + 200
 
 
 def _metrics(evaluate: Callable[[nn.Module], float | dict[str, float]] | None, model: nn.Module) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Artifact -> a network of the original class."""
 
 from pathlib import Path
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,15 @@ from featherweight.artifact.read import read
 from featherweight.artifact.schema import Artifact
 from featherweight.errors import UsageError
 
+M = TypeVar("M", bound=nn.Module)
+
 _OPTIONAL = ".num_batches_tracked"  # a training counter that inference never reads; it is not stored
 
 
+@overload
+def load(path: str | Path, into: None = None) -> dict[str, Tensor]: ...
+@overload
+def load(path: str | Path, into: M) -> M: ...
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module | dict[str, Tensor]:
     """Read a file. With `into`, a freshly made network of the same class, fill that network, set it to eval mode and
     return it; without, return the decoded tensors by name.
@@ -24,7 +31,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module | dict[st
     return artifact.state() if into is None else fill(into, artifact)
 
 
-def fill(model: nn.Module, artifact: Artifact) -> nn.Module:
+def fill(model: M, artifact: Artifact) -> M:
     """Copy an artifact's decoded tensors into a network, which is returned in eval mode."""
     state, own = artifact.state(), model.state_dict(keep_vars=True)
     missing = sorted(n for n in own if n not in state and not n.endswith(_OPTIONAL) and isinstance(own[n], Tensor))

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from rich.table import Table
 
@@ -36,7 +36,7 @@ def demo(progress: Callable[[str, int, int], None]) -> list[DemoRow]:
     model, calibration, test = digits.make(), digits.calibration(), batches(digits.test())
     base = baselines(model, scan(model).units)
     rows = [DemoRow("fp32", base.fp32, 1.0, accuracy(model, test)["top1"])]
-    asked = [(f"--target {t}", {"target": t}) for t in TARGETS]
+    asked: list[tuple[str, dict[str, Any]]] = [(f"--target {t}", {"target": t}) for t in TARGETS]
     joint = PruneQuantize(Obs(0.5), Obq(GridSpec(4)))
     asked.append((joint.label, {"method": joint}))
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,8 @@ def output_distance(dense: nn.Module, model: nn.Module, data: Sequence[Batch]) -
         here = batch.to(device)
         want, got = list(outputs(here.run(dense))), list(outputs(here.run(model)))
         if _is_classification(want, batch.target):
-            lost += float(F.kl_div(got[0].log_softmax(1), want[0].log_softmax(1), reduction="sum", log_target=True))
+            log_p, log_q = want[0].double().log_softmax(1), got[0].double().log_softmax(1)
+            lost += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
             whole += len(want[0])
         else:
             lost += sum(float((g.double() - w.double()).square().sum()) for g, w in zip(got, want, strict=True))

@@ -1,0 +1,95 @@
+"""A second reader, written from docs/format.md alone: no featherweight, no torch, no safetensors."""
+
+import hashlib
+import json
+import struct
+from math import ceil, prod
+
+import numpy as np
+
+TYPES = {
+    **{"u8": "<u1", "i8": "<i1", "i16": "<i2", "i32": "<i4", "i64": "<i8", "bool": "<u1"},
+    **{"f16": "<f2", "f32": "<f4", "f64": "<f8", "bf16": "<u2"},
+}
+
+
+def read(data: bytes) -> dict[str, np.ndarray]:
+    """Every tensor by name, float16 and bfloat16 as float32."""
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    contents = json.loads(header["__metadata__"]["featherweight"])
+    assert contents["format"] == 1
+    mark = b'\\"checksum\\":\\"'
+    assert data.count(mark + contents["checksum"].encode()) == 1
+    blank = data.replace(mark + contents["checksum"].encode(), mark + b"0" * 32)
+    assert hashlib.blake2b(blank, digest_size=16).hexdigest() == contents["checksum"]
+    streams = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            streams[name] = np.frombuffer(data[8 + size + start : 8 + size + end], TYPES[name])
+            assert entry == {"dtype": name.upper(), "shape": [len(streams[name])], "data_offsets": [start, end]}
+    places = dict.fromkeys(streams, 0)
+
+    def take(name, count):
+        places[name] = (start := places.get(name, 0)) + count
+        values = streams.get(name, np.empty(0, TYPES[name]))[start : start + count]
+        assert len(values) == count
+        return values
+
+    tensors = {}
+    for entry in contents["units"]:
+        shape, groups = entry["shape"], entry.get("transposed_groups", 0)
+        rows, cols = shape[0], prod(shape[1:])
+        if groups:
+            inputs, outputs, taps = shape[0] // groups, shape[1], prod(shape[2:])
+            rows, cols = groups * outputs, inputs * taps
+        tensor = matrix(take, rows, cols, entry["weight"])
+        if groups:
+            tensor = tensor.reshape(groups, outputs, inputs, taps).swapaxes(1, 2)
+        for name in entry["names"]:
+            tensors[name] = tensor.reshape(shape)
+    for name, dtype, shape in contents["rest"]:
+        tensors[name] = widened(dtype, take(dtype, prod(shape))).reshape(shape)
+    for name, dtype, channels, eps in contents["batchnorm"]:
+        tensors[f"{name}.weight"] = widened(dtype, take(dtype, channels))
+        tensors[f"{name}.bias"] = widened(dtype, take(dtype, channels))
+        tensors[f"{name}.running_mean"] = np.zeros(channels, np.float32)
+        tensors[f"{name}.running_var"] = np.full(channels, 1 - eps, np.float32)
+    assert places == {name: len(values) for name, values in streams.items()}
+    return tensors
+
+
+def matrix(take, rows, cols, meta):
+    mask = np.ones(rows * cols, bool)
+    if meta["kind"] == "sparse":
+        mask = integers(take, rows * cols, 1).astype(bool)
+        assert mask.sum() == meta["kept"]
+    values = np.zeros(rows * cols, np.float32)
+    if meta.get("values", meta["kind"]) == "dense":
+        values[mask] = widened(meta["type"], take(meta["type"], mask.sum()))
+    else:
+        bits, group = meta["bits"], meta["group"]
+        per_row = ceil(cols / group) if group else 0
+        scales = rows * per_row or 1
+        codes = integers(take, mask.sum(), bits)
+        scale = widened(meta["type"], take(meta["type"], scales))
+        middle = np.full(scales, 0.5 if bits == 1 else 2 ** (bits - 1))
+        zero = middle if meta["sym"] else integers(take, scales, bits)
+        row, col = np.divmod(np.flatnonzero(mask), cols)
+        own = row * per_row + col // group if group else row * 0
+        values[mask] = scale[own] * (codes - zero[own]).astype(np.float32)
+    return values.reshape(rows, cols)
+
+
+def integers(take, count, bits):
+    """The whole stream is one little-endian number; value i is its digit i to the base 2**bits."""
+    number = int.from_bytes(take("u8", ceil(count * bits / 8)).tobytes(), "little")
+    assert number >> (int(count) * bits) == 0
+    return np.array([number >> (i * bits) & (2**bits - 1) for i in range(count)], np.int64)
+
+
+def widened(dtype, values):
+    if dtype == "bf16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32) if dtype == "f16" else values.astype(bool) if dtype == "bool" else values
