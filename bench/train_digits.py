@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from featherweight.demo import digits
 
 EPOCHS, BATCH = 60, 64
-RATE, DECAY, SMOOTHING = 0.05, 5e-4, 0.1
+RATE, DECAY, SMOOTHING = 0.05, 5e-3, 0.1
 
 
 def shifted(images: Tensor, rng: Generator) -> Tensor:

@@ -34,7 +34,10 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module | dict[st
 def fill(model: M, artifact: Artifact) -> M:
     """Copy an artifact's decoded tensors into a network, which is returned in eval mode."""
     state, own = artifact.state(), model.state_dict(keep_vars=True)
-    missing = sorted(n for n in own if n not in state and not n.endswith(_OPTIONAL) and isinstance(own[n], Tensor))
+    given = {id(own[n]): n for n in state if n in own}  # a tensor with several names may come under one of them
+    missing = sorted(
+        n for n, t in own.items() if isinstance(t, Tensor) and id(t) not in given and not n.endswith(_OPTIONAL)
+    )
     unknown = sorted(set(state) - set(own))
     shapes = [
         f"{n} is {tuple(own[n].shape)} in the network and {tuple(t.shape)} in the file"
@@ -47,11 +50,17 @@ def fill(model: M, artifact: Artifact) -> M:
         for x in artifact.norms
         if x.name in modules and getattr(modules[x.name], "eps", None) != x.eps
     ]
+    tied = [
+        f"{n} and {given[id(own[n])]} are one tensor in the network and two in the file"
+        for n, t in state.items()
+        if n in own and not torch.equal(t, state[given[id(own[n])]])
+    ]
     differences = (
         [f"not in the file: {_some(missing)}"] * bool(missing)
         + [f"not in the network: {_some(unknown)}"] * bool(unknown)
         + shapes[:3]
         + eps[:3]
+        + tied[:3]
     )
     if differences:
         raise UsageError(f"the file does not fit {type(model).__name__}: " + "; ".join(differences))

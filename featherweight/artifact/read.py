@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, final
 
@@ -12,14 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from featherweight.artifact.schema import KEY, STREAMS, VERSION, Artifact, FoldedNorm, StoredUnit
-from featherweight.artifact.write import BLANK, MARK
+from featherweight.artifact.schema import BLANK, KEY, MARK, STREAMS, VERSION, Artifact, FoldedNorm, StoredUnit
 from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.weights import KINDS
 
 _KINDS = {kind.kind: kind for kind in KINDS}
 _MAX_DIM = 2**40
+_MAX_DEPTH = 32
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")  # what may break a line or steer a terminal
 
 
 def read(path: Path) -> Artifact:
@@ -41,12 +43,16 @@ def read(path: Path) -> Artifact:
 
 def from_bytes(data: bytes) -> Artifact:
     """Like `read`, of the file's bytes."""
-    contents = _contents(data)
     try:
-        found = load_safetensors(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise FormatError(f"damaged: {error}") from None
-    streams = _streams(found)
+        return _artifact(data)
+    except FormatError as error:
+        message = str(error)  # it may quote the file
+        raise FormatError(message if len(message) <= 300 else f"{message[:297]}...") from None
+
+
+def _artifact(data: bytes) -> Artifact:
+    contents = _contents(data)
+    streams = _streams(data)
     methods = [_text(m, "methods") for m in _list(contents["methods"], "methods")]
     units = [_unit(entry, i, methods, streams) for i, entry in enumerate(_list(contents["units"], "units"))]
     rest = dict(_rest(entry, i, streams) for i, entry in enumerate(_list(contents["rest"], "rest")))
@@ -66,25 +72,63 @@ def _contents(data: bytes) -> dict[str, Any]:
     if len(data) < 8 or not 2 <= (size := int.from_bytes(data[:8], "little")) <= len(data) - 8:
         raise FormatError("not a featherweight file, or truncated: it ends before its header does")
     try:
-        text = json.loads(data[8 : 8 + size])["__metadata__"][KEY]
-        contents = json.loads(text)
+        header = json.loads(data[8 : 8 + size], object_pairs_hook=_unique)
+        contents = json.loads(header["__metadata__"][KEY], object_pairs_hook=_unique)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise FormatError("not a featherweight file, or its header is damaged") from None
-    if not isinstance(contents, dict) or not isinstance(contents.get("format"), int):
+    if not isinstance(contents, dict) or not _is_count(contents.get("format")):
         raise FormatError("not a featherweight file: its header names no format version")
     if contents["format"] != VERSION:
         raise FormatError(
             f"format version {contents['format']}; this featherweight reads version {VERSION}. Try a newer release"
         )
     digest = contents.get("checksum")
-    stamped = MARK + str(digest).encode()
-    if not isinstance(digest, str) or len(digest) != len(BLANK) or data.count(stamped) != 1:
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{32}", digest):
         raise FormatError("damaged: the header has no checksum")
+    stamped = MARK + digest.encode()
+    if data.count(stamped) != 1:
+        raise FormatError("damaged: the header has no checksum where it belongs")
     blank = data.replace(stamped, MARK + BLANK.encode())
     if hashlib.blake2b(blank, digest_size=16).hexdigest() != digest:
         raise FormatError("damaged: the checksum does not fit; the file was altered or not copied whole")
+    if not _is_plain(contents):
+        raise FormatError("the header holds a number, a text or a nesting that not every JSON reader accepts")
+    _keys(header["__metadata__"], "the safetensors metadata", (KEY,))
+    for name in set(header) - {"__metadata__"}:
+        _keys(header[name], f"tensor {name!r}", ("dtype", "shape", "data_offsets"))
+        shape = header[name]["shape"]
+        if (
+            name not in STREAMS
+            or header[name]["dtype"] != name.upper()
+            or not isinstance(shape, list)
+            or len(shape) != 1
+        ):
+            raise FormatError(f"unexpected tensor {name!r}; expected a vector for each of {list(STREAMS)}")
     _keys(contents, "the header", ("format", "checksum", "methods", "units", "rest", "batchnorm", "about"))
     return contents
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether every language can hold a JSON value: finite numbers, integers of 64 bits, no half surrogate pairs."""
+    match value:
+        case dict():
+            return depth < _MAX_DEPTH and all(_is_plain(k) and _is_plain(v, depth + 1) for k, v in value.items())
+        case list():
+            return depth < _MAX_DEPTH and all(_is_plain(v, depth + 1) for v in value)
+        case str():
+            return not any("\ud800" <= c <= "\udfff" for c in value)
+        case float():
+            return isfinite(value)
+        case int():
+            return -(2**63) <= value < 2**63
+        case _:
+            return True
 
 
 @final
@@ -108,10 +152,13 @@ class _Stream:
             raise FormatError(f"'{self.name}' has {len(self.values) - self.taken} elements that nothing uses")
 
 
-def _streams(tensors: dict[str, Tensor]) -> dict[str, _Stream]:
-    for name, tensor in tensors.items():
-        if name not in STREAMS or tensor.dtype != STREAMS[name] or tensor.ndim != 1:
-            raise FormatError(f"unexpected tensor '{name}' {tensor.dtype} {tuple(tensor.shape)}")
+def _streams(data: bytes) -> dict[str, _Stream]:
+    try:
+        tensors = load_safetensors(data)
+    except SafetensorError as error:
+        raise FormatError(f"damaged: {error}") from None
+    if "bool" in tensors and (tensors["bool"].view(torch.uint8) > 1).any():
+        raise FormatError("'bool' holds bytes other than 0 and 1")
     empty = {name: torch.empty(0, dtype=dtype) for name, dtype in STREAMS.items()}
     return {name: _Stream(name, values) for name, values in (empty | tensors).items()}
 
@@ -125,7 +172,7 @@ def _unit(entry: Any, i: int, methods: list[str], streams: dict[str, _Stream]) -
     if not _is_count(groups) or (groups and (len(shape) < 2 or shape[0] % groups)):
         raise FormatError(f"{where}: transposed_groups {groups!r} does not fit shape {list(shape)}")
     method, error = entry["method"], entry.get("error")
-    if not names or not _is_count(method) or method >= len(methods) or not isinstance(error, float | int | None):
+    if not names or not _is_count(method) or method >= len(methods) or not isinstance(error, float | None):
         raise FormatError(f"{where}: names, method or error are not valid")
     view = View(shape, groups)
     meta = entry["weight"]
@@ -148,7 +195,7 @@ def _piece(streams: dict[str, _Stream], dtype: torch.dtype, count: int, where: s
 
 def _rest(entry: Any, i: int, streams: dict[str, _Stream]) -> tuple[str, Tensor]:
     where = f"rest[{i}]"
-    if not isinstance(entry, list) or len(entry) != 3 or entry[1] not in STREAMS:
+    if not isinstance(entry, list) or len(entry) != 3 or _text(entry[1], where) not in STREAMS:
         raise FormatError(f"{where} must be [name, type, shape]")
     shape = _shape(entry[2], where, least=0)
     return _text(entry[0], where), streams[entry[1]].take(prod(shape), where).reshape(shape)
@@ -177,8 +224,8 @@ def _list(value: Any, where: str) -> list[Any]:
 
 
 def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise FormatError(f"'{where}' must be text, got {type(value).__name__}")
+    if not isinstance(value, str) or _CONTROL.search(value):
+        raise FormatError(f"'{where}' must be text without control characters, got {value!r}")
     return value
 
 
@@ -189,6 +236,6 @@ def _is_count(value: Any) -> bool:
 def _shape(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > 16 or not all(_is_count(n) and n >= least for n in value):
         raise FormatError(f"{where}: {value!r} is not a shape")
-    if (least and not value) or prod(value) >= _MAX_DIM:
+    if (least and not value) or prod(max(n, 1) for n in value) >= _MAX_DIM:
         raise FormatError(f"{where}: {value!r} is not a shape that a tensor here can have")
     return tuple(value)

@@ -12,7 +12,10 @@ from featherweight.weights import Weight
 
 VERSION = 1
 KEY = "featherweight"  # the one metadata entry of the safetensors file
-STREAMS = {  # name in the file -> element type; each holds all payload of that type, in the order of the contents
+BLANK = "0" * 32  # stands where the checksum goes, while it is computed
+MARK = b'\\"checksum\\":\\"'  # what precedes it in the file: JSON inside a JSON string
+STREAMS = {  # name in the file -> element type; each holds all payload of that type, in the order of the contents.
+    # safetensors has the same names in capitals
     "u8": torch.uint8,
     "f16": torch.float16,
     "f32": torch.float32,
@@ -103,4 +106,5 @@ def is_foldable(module: nn.Module) -> bool:
         and module.affine
         and module.running_mean is not None
         and module.running_var is not None
+        and 0 <= module.eps < 1  # it is restored with the variance 1 - eps
     )

@@ -11,11 +11,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from featherweight.artifact.schema import KEY, STREAM_OF, VERSION, Artifact
-from featherweight.errors import UsageError
-
-BLANK = "0" * 32  # stands where the checksum goes, while it is computed
-MARK = b'\\"checksum\\":\\"'  # as it lies in the file: JSON inside a JSON string
+from featherweight.artifact.read import from_bytes
+from featherweight.artifact.schema import BLANK, KEY, MARK, STREAM_OF, VERSION, Artifact
+from featherweight.errors import FormatError, UsageError
 
 
 def to_bytes(artifact: Artifact) -> bytes:
@@ -56,7 +54,10 @@ def to_bytes(artifact: Artifact) -> bytes:
         "batchnorm": norms,
         "about": artifact.about,
     }
-    text = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    try:
+        text = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"'about' must hold plain JSON values: {error}") from error
     data = save({name: torch.cat(parts) for name, parts in streams.items()}, {KEY: text})
     return stamp(data)
 
@@ -72,9 +73,15 @@ def write(artifact: Artifact, path: Path) -> int:
     """Write the file under a temporary name beside `path`, then rename it. Returns its size in bytes.
 
     Raises:
-        UsageError: the folder does not exist or cannot be written.
+        UsageError: the folder does not exist or cannot be written, or the file would not be readable.
     """
     data = to_bytes(artifact)
+    try:
+        from_bytes(data)
+    except FormatError as error:
+        raise UsageError(f"this network cannot be stored: {error}") from error
+    if path.exists() and not path.is_file():  # the rename would replace even a device
+        raise UsageError(f"cannot write {path}: it is not a regular file")
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -85,9 +92,10 @@ def write(artifact: Artifact, path: Path) -> int:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
     return len(data)
 
 

@@ -137,7 +137,10 @@ def artifacts() -> dict[str, Artifact]:
 def as_json(state: dict[str, Tensor]) -> str:
     """Decoded tensors; a float is written with enough digits to be exact."""
     return json.dumps(
-        {n: {"type": str(t.dtype)[6:], "shape": list(t.shape), "values": t.flatten().tolist()} for n, t in state.items()}
+        {
+            n: {"type": str(t.dtype)[6:], "shape": list(t.shape), "values": t.flatten().tolist()}
+            for n, t in state.items()
+        }
     )
 
 
