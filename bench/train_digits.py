@@ -1,6 +1,6 @@
 """Train the demo network (featherweight/demo/digits.py) from scratch and write its weights.
 
-python bench/train_digits.py                     # the weights in the package: about a minute on one core
+python bench/train_digits.py                     # the weights in the package: 35 s on one core
 python bench/train_digits.py --seed 1 --out x    # another run, elsewhere
 """
 

@@ -119,7 +119,8 @@ def repair_line(repair: Repair) -> str:
     note = f" ({repair.note})" if repair.note else ""
     if repair.kind == "none":
         return f"correction: none{note}"
-    change = f"distance to the dense outputs on held-out data {repair.before:.3g} -> {repair.after:.3g}"
+    after = "NaN" if repair.after is None else f"{repair.after:.3g}"
+    change = f"distance to the dense outputs on held-out data {repair.before:.3g} -> {after}"
     verdict = "applied" if repair.applied else "not applied: it did not help"
     return f"{what} of {repair.sites} layers corrected, {change}: {verdict}{note}"
 

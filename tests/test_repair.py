@@ -161,3 +161,20 @@ def test_distance_is_divergence_with_labels_and_relative_error_without():
     assert output_distance(dense, small, batches(data, 20)) == pytest.approx(float(divergence), rel=1e-4)
     relative = (a - b).square().sum() / a.square().sum()
     assert output_distance(dense, small, batches(data.tensors[0], 20)) == pytest.approx(float(relative), rel=1e-4)
+
+
+def test_outputs_that_cannot_be_compared_are_left_alone():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 1)
+
+        def forward(self, images):
+            return [{"boxes": image[self.fc(image)[:, 0] > 0]} for image in images]
+
+    torch.manual_seed(8)
+    dense = Detector().eval()
+    data = [([torch.randn(9, 4) for _ in range(4)], None) for _ in range(8)]
+    result = repair(dense, shaken(dense, 0.9), batches(data), scan(dense).units)
+    assert result.kind == "none"
+    assert "vary in shape" in result.note

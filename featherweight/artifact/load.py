@@ -5,6 +5,7 @@ from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from featherweight.artifact.read import read
 from featherweight.artifact.schema import Artifact
@@ -31,18 +32,37 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module | dict[st
     return artifact.state() if into is None else fill(into, artifact)
 
 
-def fill(model: M, artifact: Artifact) -> M:
+def fill(model: nn.Module, artifact: Artifact) -> nn.Module:
     """Copy an artifact's decoded tensors into a network, which is returned in eval mode."""
-    state, own = artifact.state(), model.state_dict(keep_vars=True)
-    given = {id(own[n]): n for n in state if n in own}  # a tensor with several names may come under one of them
-    missing = sorted(
-        n for n, t in own.items() if isinstance(t, Tensor) and id(t) not in given and not n.endswith(_OPTIONAL)
-    )
-    unknown = sorted(set(state) - set(own))
+    state = artifact.state()
+    own = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    differences = _differences(model, own, artifact, state)
+    if differences:
+        raise UsageError(f"the file does not fit {type(model).__name__}: " + "; ".join(differences))
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+    return model.eval()
+
+
+def _differences(model: nn.Module, own: dict[str, Tensor], artifact: Artifact, state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being the whole of the network's `own` tensors, a few of each sort."""
+    empty = [n for n, t in own.items() if is_lazy(t) or t.is_meta]
+    if empty:
+        return [f"the network has no memory yet for {_some(empty)}: run it once on an example, on a real device"]
+    both = {n: (own[n], t) for n, t in state.items() if n in own}
+    given = {id(mine): n for n, (mine, _) in both.items()}  # a tensor of several names may come under one of them
+    missing = [n for n, t in own.items() if id(t) not in given and not n.endswith(_OPTIONAL)]
+    unknown = [n for n in state if n not in own]
     shapes = [
-        f"{n} is {tuple(own[n].shape)} in the network and {tuple(t.shape)} in the file"
-        for n, t in state.items()
-        if n in own and own[n].shape != t.shape
+        f"{n} is {_kind(mine)} in the network and {_kind(t)} in the file"
+        for n, (mine, t) in both.items()
+        if mine.shape != t.shape or not torch.can_cast(t.dtype, mine.dtype)
+    ]
+    tied = [
+        f"{n} and {given[id(mine)]} are one tensor in the network and two in the file"
+        for n, (mine, t) in both.items()
+        if t is not state[given[id(mine)]] and not torch.equal(t, state[given[id(mine)]])
     ]
     modules = dict(model.named_modules())
     eps = [
@@ -50,24 +70,17 @@ def fill(model: M, artifact: Artifact) -> M:
         for x in artifact.norms
         if x.name in modules and getattr(modules[x.name], "eps", None) != x.eps
     ]
-    tied = [
-        f"{n} and {given[id(own[n])]} are one tensor in the network and two in the file"
-        for n, t in state.items()
-        if n in own and not torch.equal(t, state[given[id(own[n])]])
-    ]
-    differences = (
+    return (
         [f"not in the file: {_some(missing)}"] * bool(missing)
         + [f"not in the network: {_some(unknown)}"] * bool(unknown)
         + shapes[:3]
-        + eps[:3]
         + tied[:3]
+        + eps[:3]
     )
-    if differences:
-        raise UsageError(f"the file does not fit {type(model).__name__}: " + "; ".join(differences))
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
-    return model.eval()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _some(names: list[str]) -> str:

@@ -93,17 +93,12 @@ def _contents(data: bytes) -> dict[str, Any]:
         raise FormatError("damaged: the checksum does not fit; the file was altered or not copied whole")
     if not _is_plain(contents):
         raise FormatError("the header holds a number, a text or a nesting that not every JSON reader accepts")
-    _keys(header["__metadata__"], "the safetensors metadata", (KEY,))
-    for name in set(header) - {"__metadata__"}:
-        _keys(header[name], f"tensor {name!r}", ("dtype", "shape", "data_offsets"))
-        shape = header[name]["shape"]
-        if (
-            name not in STREAMS
-            or header[name]["dtype"] != name.upper()
-            or not isinstance(shape, list)
-            or len(shape) != 1
-        ):
-            raise FormatError(f"unexpected tensor {name!r}; expected a vector for each of {list(STREAMS)}")
+    _keys(header.pop("__metadata__"), "the safetensors metadata", (KEY,))
+    for name, entry in header.items():
+        _keys(entry, f"tensor {name!r}", ("dtype", "shape", "data_offsets"))
+        flat = isinstance(entry["shape"], list) and len(entry["shape"]) == 1
+        if name not in STREAMS or entry["dtype"] != name.upper() or not flat:
+            raise FormatError(f"tensor {name!r} must be a vector, named after its type, one of {list(STREAMS)}")
     _keys(contents, "the header", ("format", "checksum", "methods", "units", "rest", "batchnorm", "about"))
     return contents
 
@@ -195,7 +190,7 @@ def _piece(streams: dict[str, _Stream], dtype: torch.dtype, count: int, where: s
 
 def _rest(entry: Any, i: int, streams: dict[str, _Stream]) -> tuple[str, Tensor]:
     where = f"rest[{i}]"
-    if not isinstance(entry, list) or len(entry) != 3 or _text(entry[1], where) not in STREAMS:
+    if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[1], str) or entry[1] not in STREAMS:
         raise FormatError(f"{where} must be [name, type, shape]")
     shape = _shape(entry[2], where, least=0)
     return _text(entry[0], where), streams[entry[1]].take(prod(shape), where).reshape(shape)

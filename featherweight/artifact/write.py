@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,26 +81,18 @@ def write(artifact: Artifact, path: Path) -> int:
         from_bytes(data)
     except FormatError as error:
         raise UsageError(f"this network cannot be stored: {error}") from error
-    if path.exists() and not path.is_file():  # the rename would replace even a device
-        raise UsageError(f"cannot write {path}: it is not a regular file")
-    temporary = None
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        if path.exists() and not path.is_file():  # the rename would replace even a device
+            raise UsageError(f"cannot write {path}: it is not a regular file")
+        with open(temporary, "xb") as file:  # with the rights that the umask leaves
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return len(data)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,5 +1,6 @@
 """How far a network's outputs are from those of the dense network on the same inputs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,12 +29,15 @@ def outputs(value: Any) -> Iterator[Tensor]:
 def output_distance(dense: nn.Module, model: nn.Module, data: Sequence[Batch]) -> float:
     """Mean over the data of the divergence KL(dense || model) of the class probabilities where the data have class
     labels and the output is one score a class; elsewhere of the squared difference of all outputs, relative to the
-    squared dense outputs. The labels' values are not used."""
+    squared dense outputs. The labels' values are not used. NaN where the two cannot be compared: detectors give another
+    number of boxes."""
     device = device_of(model)
     lost, whole = 0.0, 0.0
     for batch in data:
         here = batch.to(device)
         want, got = list(outputs(here.run(dense))), list(outputs(here.run(model)))
+        if [t.shape for t in want] != [t.shape for t in got]:
+            return math.nan
         if _is_classification(want, batch.target):
             log_p, log_q = want[0].double().log_softmax(1), got[0].double().log_softmax(1)
             lost += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))

@@ -86,7 +86,8 @@ def matrix(take, rows, cols, meta):
         zero = middle if meta["sym"] else integers(take, scales, bits)
         row, col = np.divmod(np.flatnonzero(mask), cols)
         own = row * per_row + col // group if group else row * 0
-        values[mask] = scale[own] * (codes - zero[own]).astype(np.float32)
+        with np.errstate(over="ignore"):
+            values[mask] = scale[own] * (codes - zero[own]).astype(np.float32)
     return values.reshape(rows, cols)
 
 

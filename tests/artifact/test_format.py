@@ -1,0 +1,280 @@
+"""What is in the file, byte by byte, and how it gets onto the disk."""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, read, write
+from featherweight.artifact.read import from_bytes
+from featherweight.artifact.schema import STREAMS
+from featherweight.artifact.write import to_bytes
+from featherweight.errors import UsageError
+from featherweight.layers import View
+from featherweight.weights import Dense, Grid, Sparse
+from tests.artifact import mini_reader
+from tests.artifact.handmade import take_apart
+from tests.golden.make_v1 import artifacts
+
+CASES = artifacts() | {"nothing": Artifact((), {}, ())}
+every = pytest.mark.parametrize("artifact", CASES.values(), ids=CASES)
+SMALL = CASES["norms"]
+ROOT = Path(__file__).parents[2]
+
+
+def assert_same(state: dict[str, torch.Tensor], expected: dict[str, np.ndarray]) -> None:
+    assert set(state) == set(expected)
+    for name, tensor in state.items():
+        assert tensor.numpy().dtype == expected[name].dtype, name
+        assert tuple(tensor.shape) == expected[name].shape, name
+        assert tensor.numpy().tobytes() == expected[name].tobytes(), name
+
+
+# ---------------------------------------------------------------- meaning
+def test_the_mini_reader_knows_nothing_of_featherweight():
+    tree = ast.parse(Path(mini_reader.__file__).read_text())
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports}
+    assert names == {"hashlib", "json", "math", "numpy", "struct"}
+
+
+@every
+def test_a_reader_made_from_the_documentation_decodes_the_same_bits(artifact):
+    data = to_bytes(artifact)
+    assert_same(artifact.state(), mini_reader.read(data))
+    assert_same(from_bytes(data).state(), mini_reader.read(data))
+
+
+FLOAT16S = st.floats(width=16, allow_nan=False, allow_infinity=False)
+FLOAT32S = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def weights(draw):
+    rows, cols = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    dtype, floats = draw(st.sampled_from([(torch.float16, FLOAT16S), (torch.float32, FLOAT32S)]))
+    exact = lambda shape: torch.tensor(  # noqa: E731
+        draw(st.lists(floats, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])), dtype=dtype
+    ).reshape(shape)
+    if draw(st.booleans()):
+        values = Dense(exact((rows, cols)))
+    else:
+        bits, group = draw(st.integers(1, 8)), draw(st.integers(0, cols))
+        scales = (1, 1) if group == 0 else (rows, -(-cols // group))
+        digits = lambda shape: torch.tensor(  # noqa: E731
+            [draw(st.integers(0, 2**bits - 1)) for _ in range(shape[0] * shape[1])], dtype=torch.uint8
+        ).reshape(shape)
+        values = Grid(digits((rows, cols)), exact(scales), digits(scales) if draw(st.booleans()) else None, bits, group)
+    if draw(st.booleans()):
+        keep = draw(st.lists(st.booleans(), min_size=rows * cols, max_size=rows * cols))
+        return Sparse(torch.tensor(keep).reshape(rows, cols), values)
+    return values
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(weights(), min_size=1, max_size=3))
+def test_any_weights_decode_the_same_bits(stored):
+    units = tuple(StoredUnit((f"w{i}",), View(w.shape), w, "any") for i, w in enumerate(stored))
+    data = to_bytes(Artifact(units, {}, ()))
+    state = from_bytes(data).state()
+    assert_same(state, mini_reader.read(data))
+    for i, weight in enumerate(stored):
+        assert state[f"w{i}"].numpy().tobytes() == weight.dense().numpy().tobytes()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_the_view_of_a_transposed_convolution(groups):
+    """The formula of docs/format.md, entry by entry."""
+    inputs, outputs, taps = 2, 5, 3
+    matrix = torch.randn(groups * outputs, inputs * taps)
+    tensor = View((groups * inputs, outputs, taps), groups).tensor(matrix)
+    for g, i, o, t in np.ndindex(groups, inputs, outputs, taps):
+        assert tensor[g * inputs + i, o, t] == matrix[g * outputs + o, i * taps + t]
+
+
+def test_the_example_of_the_documentation():
+    text = (ROOT / "docs" / "format.md").read_text()
+    lines = re.findall(r"^([0-9a-f]{4})  ((?:[0-9a-f]{2} )+) *\|", text, re.MULTILINE)
+    data = b"".join(bytes.fromhex(digits) for _, digits in lines)
+    assert [int(place, 16) for place, _ in lines] == list(range(0, len(data), 16))
+    codes = torch.tensor([[3, 2, 0], [1, 2, 3]], dtype=torch.uint8)
+    scale = torch.tensor([[0.5], [0.25]], dtype=torch.float16)
+    unit = StoredUnit(("fc.weight",), View((2, 3)), Grid(codes, scale, None, 2, 3), "rtn 2")
+    artifact = Artifact((unit,), {"fc.bias": torch.tensor([1.0, -2.0], dtype=torch.float16)}, ())
+    assert to_bytes(artifact) == data
+    state = {"fc.weight": [[0.5, 0, -1], [-0.25, 0, 0.25]], "fc.bias": [1, -2]}
+    assert {n: t.tolist() for n, t in mini_reader.read(data).items()} == state
+
+
+# ---------------------------------------------------------------- bytes
+@every
+def test_a_file_read_and_written_again_has_the_same_bytes(artifact):
+    data = to_bytes(artifact)
+    assert to_bytes(from_bytes(data)) == data == to_bytes(artifact)
+
+
+def test_another_process_writes_the_same_bytes():
+    code = (
+        "import hashlib; from tests.golden.make_v1 import artifacts; from featherweight.artifact.write import to_bytes\n"
+        "for a in artifacts().values(): print(hashlib.sha256(to_bytes(a)).hexdigest())"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": "77"},
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    assert output.split() == [hashlib.sha256(to_bytes(a)).hexdigest() for a in artifacts().values()]
+
+
+@every
+def test_the_payload_has_the_bytes_that_the_weights_claim(artifact):
+    data = to_bytes(artifact)
+    rest = [*artifact.rest.values(), *(t for x in artifact.norms for t in (x.scale, x.shift))]
+    claimed = sum(u.weight.bits() for u in artifact.units) // 8 + sum(t.numel() * t.element_size() for t in rest)
+    assert len(take_apart(data).payload) == claimed
+    assert len(data) == 8 + int.from_bytes(data[:8], "little") + claimed
+
+
+@every
+def test_any_safetensors_reader_opens_it(artifact, tmp_path):
+    write(artifact, tmp_path / "a.fw")
+    with safe_open(tmp_path / "a.fw", "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert list(metadata) == ["featherweight"]
+    contents = json.loads(metadata["featherweight"])
+    assert metadata["featherweight"] == json.dumps(contents, sort_keys=True, separators=(",", ":"))
+    assert {n: t.dtype for n, t in tensors.items()} == {n: STREAMS[n] for n in tensors}
+    assert all(t.ndim == 1 for t in tensors.values())
+
+
+def test_a_digest_is_equal_exactly_where_every_bit_is():
+    base = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1, 2])}
+    same = {"b": base["b"].clone(), "a": base["a"].clone()}
+    different = [
+        {"a": torch.tensor([-0.0, 1.0])},
+        {"a": torch.tensor([0.0, 1.0], dtype=torch.float64)},
+        {"a": torch.tensor([[0.0, 1.0]])},
+        {"b": torch.tensor([1, 3])},
+        {"c": torch.tensor(0)},
+    ]
+    digest = Artifact((), base, ()).digest()
+    assert Artifact((), same, ()).digest() == digest
+    assert len({digest} | {Artifact((), base | d, ()).digest() for d in different}) == 1 + len(different)
+
+
+# ---------------------------------------------------------------- what cannot be stored
+def named(*names):
+    return StoredUnit(names, View((1, 1)), Dense(torch.ones(1, 1)), "any")
+
+
+NORM = FoldedNorm("bn", torch.ones(1), torch.ones(1), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("artifact", "told"),
+    [
+        pytest.param(Artifact((), {"c": torch.ones(1, dtype=torch.complex64)}, ()), "complex64", id="complex"),
+        pytest.param(Artifact((named("a"), named("a")), {}, ()), "twice", id="two-units-of-one-name"),
+        pytest.param(Artifact((named("a", "a"),), {}, ()), "twice", id="one-unit-twice-the-name"),
+        pytest.param(Artifact((named("a"),), {"a": torch.ones(1)}, ()), "twice", id="unit-and-rest"),
+        pytest.param(Artifact((named("bn.weight"),), {}, (NORM,)), "twice", id="unit-and-norm"),
+        pytest.param(Artifact((), {"bn.running_mean": torch.ones(1)}, (NORM,)), "twice", id="rest-and-norm"),
+        pytest.param(Artifact((named("a\nb"),), {}, ()), "control", id="line-break-in-a-name"),
+        pytest.param(Artifact((), {"\x1b[2J": torch.ones(1)}, ()), "control", id="escape-in-a-name"),
+        pytest.param(Artifact((), {"\ud800": torch.ones(1)}, ()), "header", id="half-a-character"),
+        pytest.param(Artifact((), {}, (FoldedNorm("bn", torch.ones(1), torch.ones(1), 1.0),)), "eps", id="eps-1"),
+        pytest.param(Artifact((), {}, (), {"loss": float("nan")}), "'about'.*JSON", id="about-nan"),
+        pytest.param(Artifact((), {}, (), {"when": object()}), "'about'.*JSON", id="about-object"),
+        pytest.param(Artifact((), {}, (), {1: 0, "a": 0}), "'about'.*JSON", id="about-mixed-keys"),
+        pytest.param(Artifact((), {}, (), {"big": 2**63}), "header", id="about-huge-integer"),
+        pytest.param(Artifact((), {}, (), {"checksum": "0" * 32}), "checksum", id="about-looks-like-the-checksum"),
+    ],
+)
+def test_what_no_reader_would_accept_is_not_written(artifact, told, tmp_path):
+    with pytest.raises(UsageError, match=told):
+        write(artifact, tmp_path / "a.fw")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- onto the disk
+def test_write_returns_the_size_and_replaces_an_old_file(tmp_path):
+    path = tmp_path / "a.fw"
+    path.write_bytes(b"old")
+    assert write(SMALL, path) == path.stat().st_size == len(to_bytes(SMALL))
+    assert read(path).digest() == SMALL.digest()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, error):
+    path = tmp_path / "a.fw"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(UsageError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
+        write(SMALL, path)
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"cannot write {path}: No space left on device"
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        pytest.param("missing/a.fw", "No such file or directory", id="no-folder"),
+        pytest.param("file/a.fw", "Not a directory", id="folder-is-a-file"),
+        pytest.param("folder", "not a regular file", id="is-a-folder"),
+        pytest.param("", "not a regular file", id="is-its-own-folder"),
+        pytest.param("pipe", "not a regular file", id="is-a-pipe"),
+        pytest.param("a" * 300, "File name too long", id="long-name"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told(tmp_path, place, told):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"old")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=f"cannot write .*: .*{told}") as raised:
+        write(SMALL, tmp_path / place)
+    assert "\n" not in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_folder_is_told(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="Permission denied"):
+        write(SMALL, tmp_path / "a.fw")
+    tmp_path.chmod(0o700)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_who_may_read(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write(SMALL, tmp_path / "a.fw")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.fw").stat().st_mode) == mode

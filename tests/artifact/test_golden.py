@@ -1,0 +1,36 @@
+"""Files that an earlier version wrote are read for ever, and give the same bits."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featherweight.artifact import load, read
+from featherweight.artifact.write import to_bytes
+from tests.artifact import mini_reader
+from tests.golden.make_v1 import artifacts
+
+FILES = sorted((Path(__file__).parents[1] / "golden" / "v1").glob("*.fw"))
+every = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def test_every_case_has_its_small_files():
+    assert [p.stem for p in FILES] == sorted(artifacts())
+    assert all(p.stat().st_size < 3000 for f in FILES for p in (f, f.with_suffix(".json")))
+
+
+@every
+def test_a_golden_file_gives_the_expected_bits(path):
+    expected = json.loads(path.with_suffix(".json").read_text())
+    decoded, independent = load(path), mini_reader.read(path.read_bytes())
+    assert list(decoded) == list(independent) == list(expected)
+    for name, entry in expected.items():
+        values = np.array(entry["values"], entry["type"]).reshape(entry["shape"])
+        for found in (decoded[name].numpy(), independent[name]):
+            assert (found.dtype, found.shape, found.tobytes()) == (values.dtype, values.shape, values.tobytes()), name
+
+
+@every
+def test_a_golden_file_is_written_again_byte_for_byte(path):
+    assert to_bytes(read(path)) == path.read_bytes() == to_bytes(artifacts()[path.stem])

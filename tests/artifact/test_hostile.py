@@ -1,0 +1,562 @@
+"""Damaged and malicious files give a FormatError of one line, and nothing else."""
+
+import importlib
+import io
+import json
+import pickle
+import re
+import struct
+import sys
+import tracemalloc
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import nn
+
+from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, load, read
+from featherweight.artifact.read import from_bytes
+from featherweight.artifact.schema import MARK
+from featherweight.artifact.write import to_bytes
+from featherweight.errors import FormatError
+from featherweight.layers import View
+from featherweight.report import rows_of
+from featherweight.weights import Dense, Grid, Sparse
+from tests.artifact.handmade import BLANK, from_header, take_apart
+
+
+def small() -> Artifact:
+    """A bit of everything in about 1.3 kB."""
+    codes = (torch.arange(15, dtype=torch.uint8) * 3 % 8).reshape(3, 5)
+    asymmetric = Grid(codes, torch.full((3, 2), 0.5), torch.ones(3, 2, dtype=torch.uint8), 3, 3)
+    binary = Grid(codes % 2, torch.ones(1, 1, dtype=torch.float16), None, 1, 0)
+    units = (
+        StoredUnit(("grid.weight", "tied.weight"), View((3, 5)), asymmetric, "obq", 0.012, "a note"),
+        StoredUnit(("sparse.weight",), View((3, 5)), Sparse(codes > 3, binary), "obs"),
+        StoredUnit(("up.weight",), View((2, 3, 2), 2), Dense(torch.ones(6, 2, dtype=torch.float16)), "rtn"),
+    )
+    norm = FoldedNorm("bn", torch.ones(3, dtype=torch.float16), torch.zeros(3, dtype=torch.float16), 1e-5)
+    rest = {"bias": torch.arange(3.0), "mask": torch.tensor([True, False])}
+    return Artifact(units, rest, (norm,), {"model": "net.py:make", "fp32_bytes": 100})
+
+
+SMALL = to_bytes(small())
+
+
+@contextmanager
+def frugal(limit: int = 1 << 20):
+    """Memory stays within a MB for Python and numpy, and within 64 MB for the process, torch included."""
+    resource = pytest.importorskip("resource")
+    pages = Path("/proc/self/statm")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if pages.exists():
+        used = int(pages.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), before[1]))
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def refused(data: bytes, told: str = ".") -> None:
+    with pytest.raises(FormatError, match=told) as raised:
+        from_bytes(data)
+    message = str(raised.value)
+    assert 15 < len(message) <= 300
+    assert message.isprintable()
+
+
+def test_the_small_file_is_fine_and_small():
+    assert from_bytes(SMALL).digest() == small().digest()
+    assert len(SMALL) < 3000
+    assert take_apart(SMALL).file() == SMALL  # so that an attack differs from it by the attack alone
+
+
+# ---------------------------------------------------------------- damage
+def test_truncation_anywhere():
+    for length in range(len(SMALL)):
+        refused(SMALL[:length], "truncated" if length < 8 else "truncated|damaged|not copied whole")
+
+
+def test_a_flipped_bit_in_any_byte():
+    for place in range(len(SMALL)):
+        data = bytearray(SMALL)
+        data[place] ^= 1 << (place % 8)
+        refused(bytes(data))
+
+
+places = st.tuples(st.integers(0, len(SMALL) - 1), st.integers(0, 7))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sets(places, min_size=1, max_size=6))
+def test_any_flipped_bits(flips):
+    data = bytearray(SMALL)
+    for place, bit in flips:
+        data[place] ^= 1 << bit
+    refused(bytes(data))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(max_size=200), st.integers(0, len(SMALL)))
+def test_any_bytes_put_in_or_in_place_of_the_file(insertion, place):
+    refused(insertion)
+    refused(SMALL + insertion + b"\0")
+    if insertion:
+        refused(SMALL[:place] + insertion + SMALL[place:])
+
+
+# ---------------------------------------------------------------- no featherweight file at all
+class Runs:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.txt", "hello")
+    return buffer.getvalue()
+
+
+def torch_saved() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"\0" * 7, id="seven-bytes"),
+        pytest.param(b"\0" * 8, id="no-header"),
+        pytest.param(b"\0" * 100, id="zeros"),
+        pytest.param(struct.pack("<Q", 2**63) + b"{}", id="header-of-2**63"),
+        pytest.param(b"\xff" * 100, id="header-of-2**64-1"),
+        pytest.param(struct.pack("<Q", 2) + b"{}", id="empty-object"),
+        pytest.param(struct.pack("<Q", 4) + b"\xff\xfe{}", id="not-utf8"),
+        pytest.param(struct.pack("<Q", 4) + "{}".encode("utf-16-le"), id="utf16"),
+        pytest.param(struct.pack("<Q", 2) + b"[]", id="list"),
+        pytest.param(struct.pack("<Q", 4) + b'"ab"', id="text"),
+        pytest.param(struct.pack("<Q", 4) + b"null", id="null"),
+        pytest.param(save({"a": torch.ones(2)}), id="plain-safetensors"),
+        pytest.param(save({"a": torch.ones(2)}, {"format": "pt"}), id="safetensors-of-another-kind"),
+        pytest.param(save({}, {"featherweight": "hello"}), id="entry-is-not-json"),
+        pytest.param(save({}, {"featherweight": "[1]"}), id="entry-is-a-list"),
+        pytest.param(save({}, {"featherweight": "{}"}), id="entry-is-empty"),
+        pytest.param(zipped(), id="zip"),
+        pytest.param(torch_saved(), id="torch.save"),
+        pytest.param(b"#!/bin/sh\necho hello\n" * 9, id="script"),
+    ],
+)
+def test_other_files_are_told_apart(data, tmp_path):
+    refused(data, "not a featherweight file")
+    path = tmp_path / "other.fw"
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=f"^{re.escape(str(path))}: not a featherweight file"):
+        load(path)
+
+
+def test_a_pickle_is_not_run(tmp_path):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "evil.fw").write_bytes(pickle.dumps(Runs(tmp_path / "ran"), protocol))
+        with pytest.raises(FormatError, match="not a featherweight file"):
+            load(tmp_path / "evil.fw")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Runs(tmp_path / "ran"))).close()
+    assert (tmp_path / "ran").exists()  # it would have run
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("missing.fw", "No such file or directory"), ("", "Is a directory"), ("a.fw/b.fw", "Not a directory")],
+)
+def test_what_cannot_be_opened_is_told(tmp_path, name, told):
+    (tmp_path / "a.fw").write_bytes(SMALL)
+    with pytest.raises(FormatError) as raised:
+        read(tmp_path / name)
+    assert str(raised.value) == f"cannot read {tmp_path / name}: {told}"
+
+
+# ---------------------------------------------------------------- attacks with a right checksum
+WRONG = [None, True, False, -1, 2**62, 10**30, 1.5, "", "x", "a\nb", "\ud800", [], {}, [[]], [None], ["x", "x"], {"x": 1}]
+FREE = re.compile(  # what may be anything of its own type
+    r"about(\..*)?|methods\.\d|units\.\d\.(note|error|names\.\d)|rest\.\d\.0|batchnorm\.\d\.0"
+)
+
+
+def nodes(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from nodes(child, (*path, key))
+
+
+def owner(contents, path):
+    for key in path[:-1]:
+        contents = contents[key]
+    return contents
+
+
+PATHS = [path for path in nodes(take_apart(SMALL).contents) if path]
+
+
+def test_any_field_of_any_wrong_type():
+    accepted = set()
+    for path in PATHS:
+        for value in WRONG:
+            parts = take_apart(SMALL)
+            owner(parts.contents, path)[path[-1]] = value
+            try:
+                from_bytes(parts.file())
+            except FormatError as error:
+                assert str(error).isprintable()
+            else:
+                accepted.add((".".join(map(str, path)), type(value)))
+    assert {path for path, _ in accepted if not FREE.fullmatch(path)} == set()
+    types = {kind for path, kind in accepted if not path.startswith("about") and not path.endswith("error")}
+    assert types == {str}
+    assert {kind for path, kind in accepted if path.endswith("error")} == {float, type(None)}
+
+
+def test_any_missing_field():
+    optional = {"units.0.note", "units.0.error", "about.model", "about.fp32_bytes"}
+    optional |= {"units.0.names.0", "units.0.names.1", "methods.2"}  # methods[2]: see below
+    for path in PATHS:
+        parts = take_apart(SMALL)
+        del owner(parts.contents, path)[path[-1]]
+        name = ".".join(map(str, path))
+        if name in optional - {"methods.2"}:
+            from_bytes(parts.file())
+        else:
+            refused(parts.file())
+
+
+def test_any_unknown_field():
+    for path in [(), *PATHS]:
+        parts = take_apart(SMALL)
+        where = owner(parts.contents, (*path, ""))
+        if isinstance(where, dict) and path != ("about",):
+            where["from_the_future"] = 1
+            refused(parts.file(), "fields")
+
+
+def edit(path, value):
+    """An attack that sets one field, `path` as in the messages."""
+    keys = [int(key) if key.isdigit() else key for key in path.split(".")]
+    return lambda parts: owner(parts.contents, keys).__setitem__(keys[-1], value)
+
+
+def tensor(name, **entry):
+    """An attack that changes the safetensors entry of a stream."""
+    return lambda parts: parts.tensors[name].update(entry)
+
+
+def added(name, values, **entry):
+    return lambda parts: parts.add(name, values, **entry)
+
+
+def swapped(parts):
+    """Two streams that lie over each other."""
+    parts.tensors["u8"]["data_offsets"] = [0, parts.tensors["u8"]["shape"][0]]
+
+
+def shifted(parts):
+    """A byte that belongs to no stream."""
+    parts.payload = b"\0" + parts.payload
+    for entry in parts.tensors.values():
+        entry["data_offsets"] = [n + 1 for n in entry["data_offsets"]]
+
+
+def poked(stream, place, values):
+    """An attack that overwrites payload."""
+
+    def attack(parts):
+        start = parts.tensors[stream]["data_offsets"][0] + place
+        parts.payload = parts.payload[:start] + values + parts.payload[start + len(values) :]
+
+    return attack
+
+
+def shorter(stream, size):
+    """An attack that removes the last element of a stream."""
+
+    def attack(parts):
+        end = parts.tensors[stream]["data_offsets"][1]
+        parts.payload = parts.payload[: end - size] + parts.payload[end:]
+        for entry in parts.tensors.values():
+            entry["data_offsets"] = [n - size if n >= end else n for n in entry["data_offsets"]]
+        parts.tensors[stream]["shape"][0] -= 1
+
+    return attack
+
+
+HUGE = 2**39
+ATTACKS = {
+    # versions
+    "version-2": (edit("format", 2), "format version 2; this featherweight reads version 1. Try a newer release"),
+    "version-0": (edit("format", 0), "format version 0"),
+    "version-true": (edit("format", True), "no format version"),
+    "version-float": (edit("format", 1.0), "no format version"),
+    "version-huge": (edit("format", 10**4000), "no format version"),
+    # checksum
+    "checksum-text": (edit("checksum", "x" * 32), "no checksum"),
+    "checksum-short": (edit("checksum", "0" * 31), "no checksum"),
+    "checksum-capitals": (edit("checksum", "A" * 32), "no checksum"),
+    "checksum-half-characters": (edit("checksum", "\ud800" * 32), "no checksum"),
+    "checksum-twice": (edit("about", {"checksum": BLANK}), "checksum"),
+    "checksum-in-payload": (added("i8", MARK + BLANK.encode()), "checksum"),
+    # names
+    "name-twice-in-unit": (edit("units.0.names", ["a", "a"]), "appears twice"),
+    "name-in-two-units": (edit("units.1.names", ["grid.weight"]), "appears twice"),
+    "name-in-unit-and-rest": (edit("rest.0.0", "grid.weight"), "appears twice"),
+    "name-twice-in-rest": (edit("rest.0.0", "mask"), "appears twice"),
+    "name-in-rest-and-norm": (edit("rest.0.0", "bn.running_var"), "appears twice"),
+    "name-escape": (edit("units.0.names", ["\x1b[2J"]), "control characters"),
+    "name-separator": (edit("rest.0.0", "a\u2028b"), "control characters"),
+    "note-escape": (edit("units.0.note", "\x9b2J"), "control characters"),
+    "method-line-break": (edit("methods.0", "a\r\nb"), "control characters"),
+    "no-name": (edit("units.0.names", []), "names"),
+    "name-long": (edit("units.0.names", ["x" * 10000, 1]), "must be text"),
+    # shapes
+    "shape-negative": (edit("units.0.shape", [-3, 5]), "not a shape"),
+    "shape-zero": (edit("units.0.shape", [3, 0]), "not a shape"),
+    "shape-empty": (edit("units.0.shape", []), "not a shape"),
+    "shape-true": (edit("units.0.shape", [True, 15]), "not a shape"),
+    "shape-float": (edit("units.0.shape", [3.0, 5]), "not a shape"),
+    "shape-64-bit": (edit("units.0.shape", [2**62, 5]), "not a shape"),
+    "shape-overflow": (edit("units.0.shape", [2**32, 2**32]), "not a shape"),
+    "shape-long": (edit("units.0.shape", [1] * 17), "not a shape"),
+    "shape-very-long": (edit("units.0.shape", [1] * 10000), "not a shape"),
+    "shape-large": (edit("units.0.shape", [HUGE, 1]), "elements of 'u8'"),
+    "shape-large-row": (edit("units.0.shape", [1, HUGE]), "elements of 'u8'"),
+    "shape-large-sparse": (edit("units.1.shape", [HUGE, 1]), "elements of 'u8'"),
+    "shape-large-dense": (edit("units.2.shape", [2, HUGE // 4, 1]), "elements of 'f16'"),
+    "shape-sparse-other": (edit("units.1.shape", [3, 6]), "padding|elements|mask keeps"),
+    "rest-large": (edit("rest.0.2", [HUGE]), "elements of 'f32'"),
+    "rest-zero-times-large": (edit("rest.0.2", [HUGE, HUGE, 0]), "not a shape"),
+    "rest-16-large": (edit("rest.0.2", [HUGE] * 15 + [0]), "not a shape"),
+    "rest-negative": (edit("rest.0.2", [-1, -3]), "not a shape"),
+    "norm-large": (edit("batchnorm.0.2", HUGE), "elements of 'f16'"),
+    "norm-negative": (edit("batchnorm.0.2", -3), "batchnorm"),
+    "groups-do-not-divide": (edit("units.2.transposed_groups", 3), "transposed_groups"),
+    "groups-of-a-vector": (edit("units.0", {"names": ["a"], "shape": [3], "method": 0, "transposed_groups": 1,
+                                            "weight": {"kind": "dense", "type": "f16"}}), "transposed_groups"),
+    "groups-negative": (edit("units.2.transposed_groups", -2), "transposed_groups"),
+    # kinds
+    "kind-unknown": (edit("units.0.weight.kind", "codebook"), r"unknown kind of weight; expected one of \['dense'"),
+    "kind-list": (edit("units.0.weight.kind", ["grid"]), "unknown kind"),
+    "kind-other": (edit("units.0.weight.kind", "dense"), "grid.weight: .*fields"),
+    "bits-9": (edit("units.0.weight.bits", 9), "grid.weight: field 'bits' must be 1 to 8, got 9"),
+    "bits-true": (edit("units.1.weight.bits", True), "'bits'"),
+    "bits-huge": (edit("units.0.weight.bits", 10**4000), "header"),
+    "group-huge": (edit("units.0.weight.group", 2**62), "'group' must be 0 to 5"),
+    "group-6": (edit("units.0.weight.group", 6), "'group' must be 0 to 5"),
+    "group-negative": (edit("units.0.weight.group", -1), "'group'"),
+    "sym-true": (edit("units.0.weight.sym", True), "'sym'"),
+    "type-f64": (edit("units.0.weight.type", "f64"), "'type'"),
+    "type-long": (edit("units.0.weight.type", "f" * 10000), "'type'"),
+    "kept-over-size": (edit("units.1.weight.kept", 16), "'kept' must be 0 to 15"),
+    "kept-huge": (edit("units.1.weight.kept", 2**62), "'kept'"),
+    "kept-other": (edit("units.1.weight.kept", 5), "the mask keeps 7 entries, the header says 5"),
+    "sparse-in-sparse": (edit("units.1.weight.values", "sparse"), "'values'"),
+    "method-beyond": (edit("units.0.method", 3), "method"),
+    "method-true": (edit("units.0.method", True), "method"),
+    "error-true": (edit("units.0.error", True), "error"),
+    "error-integer": (edit("units.0.error", 1), "error"),
+    "error-nan": (edit("units.0.error", float("nan")), "header"),
+    "error-infinite": (edit("units.0.error", float("inf")), "header"),
+    "about-nan": (edit("about", {"a": {"b": [float("nan")]}}), "header"),
+    "about-huge": (edit("about", {"fp32_bytes": 10**400}), "header"),
+    "about-65-bit": (edit("about", {"fp32_bytes": 2**63}), "header"),
+    "about-half-character": (edit("about", {"a": "\udfff"}), "header"),
+    "about-half-character-key": (edit("about", {"\udfff": 1}), "header"),
+    "eps-integer": (edit("batchnorm.0.3", 0), "eps"),
+    "eps-1": (edit("batchnorm.0.3", 1.0), "eps"),
+    "eps-negative": (edit("batchnorm.0.3", -1e-5), "eps"),
+    "norm-type": (edit("batchnorm.0.1", "f64"), "batchnorm"),
+    "rest-type": (edit("rest.0.1", "f8"), "rest"),
+    "rest-type-list": (edit("rest.0.1", []), "rest"),
+    "rest-type-object": (edit("rest.0.1", {}), "rest"),
+    # payload
+    "scale-nan": (poked("f32", 0, struct.pack("<f", float("nan"))), "grid.weight: field 'scale' holds NaN"),
+    "scale-infinite": (poked("f16", 0, b"\x00\x7c"), "sparse.weight: field 'scale' holds NaN or inf"),
+    "padding-codes": (poked("u8", 5, b"\xff"), "padding"),
+    "padding-zeros": (poked("u8", 8, b"\xff"), "padding"),
+    "padding-mask": (poked("u8", 10, b"\xff"), "padding"),
+    "mask-other": (poked("u8", 9, b"\x00"), "mask keeps"),
+    "bool-2": (poked("bool", 0, b"\2"), "'bool' holds bytes other than 0 and 1"),
+    "unused-u8": (lambda parts: (parts.contents["units"].pop(1), None)[1], "elements that nothing uses"),
+    "unused-stream": (added("i64", b"\0" * 8, shape=[1]), "'i64' has 1 elements that nothing uses"),
+    "short-u8": (shorter("u8", 1), "elements of 'u8', 0 are left"),
+    "short-f16": (shorter("f16", 2), "elements of 'f16'"),
+    "short-f32": (shorter("f32", 4), "elements of 'f32'"),
+    "short-bool": (shorter("bool", 1), "elements of 'bool'"),
+    "no-stream": (lambda parts: (parts.tensors.pop("bool"), setattr(parts, "payload", parts.payload[:-2])),
+                  "damaged|elements of 'bool'"),
+    # streams
+    "stream-unknown": (added("f8", b"\0" * 4, dtype="U8"), "tensor 'f8' must be a vector"),
+    "stream-nasty-name": (added("\x1b\n", b"\0" * 4, dtype="U8"), r"tensor '\\x1b\\n'"),
+    "stream-other-type": (added("i8", b"\0" * 4, dtype="U8"), "tensor 'i8'"),
+    "stream-exotic-type": (added("i8", b"\0" * 4, dtype="F8_E5M2"), "tensor 'i8'"),
+    "stream-no-type": (added("i8", b"\0" * 4, dtype="F5"), "tensor 'i8'"),
+    "stream-type-list": (added("i8", b"\0" * 4, dtype=["I8"]), "tensor 'i8'"),
+    "stream-2d": (added("i8", b"\0" * 4, shape=[2, 2]), "tensor 'i8'"),
+    "stream-0d": (added("i8", b"\0", shape=[]), "tensor 'i8'"),
+    "stream-zero-times-2**63": (added("i8", b"", shape=[0, 2**63]), "tensor 'i8'"),
+    "stream-2**63": (added("i8", b"", shape=[2**63]), "damaged"),
+    "stream-2**64": (added("i8", b"", shape=[2**64]), "damaged"),
+    "stream-negative": (added("i8", b"", shape=[-1]), "damaged"),
+    "stream-shape-text": (added("i8", b"", shape=["a\nb\x1b"]), "damaged"),
+    "stream-too-short": (tensor("u8", shape=[3]), "damaged"),
+    "stream-too-long": (tensor("u8", shape=[300]), "damaged"),
+    "stream-extra-field": (tensor("u8", compression="zip"), "tensor 'u8' must have the fields"),
+    "stream-is-a-list": (lambda parts: parts.tensors.update(i8=[1]), "tensor 'i8'"),
+    "offsets-overlap": (swapped, "damaged"),
+    "offsets-hole": (shifted, "damaged"),
+    "offsets-backwards": (tensor("u8", data_offsets=[9, 2]), "damaged"),
+    "offsets-beyond": (tensor("u8", data_offsets=[0, 2**62]), "damaged"),
+    "offsets-negative": (tensor("u8", data_offsets=[-1, 12]), "damaged"),
+    "offsets-three": (tensor("u8", data_offsets=[0, 1, 2]), "damaged"),
+    "trailing-bytes": (lambda parts: setattr(parts, "payload", parts.payload + b"PK\3\4"), "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("attack", "told"), ATTACKS.values(), ids=ATTACKS)
+def test_an_attack_with_a_right_checksum(attack, told):
+    parts = take_apart(SMALL)
+    attack(parts)
+    with frugal():
+        refused(parts.file(), told)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param('"about":{', '"about":{},"about":{', id="key-twice"),
+        pytest.param('"bits":3', '"bits":2,"bits":3', id="field-twice"),
+        pytest.param('"fp32_bytes":100', '"fp32_bytes":NaN', id="NaN"),
+        pytest.param('"fp32_bytes":100', '"fp32_bytes":-Infinity', id="Infinity"),
+        pytest.param('"fp32_bytes":100', '"fp32_bytes":1e999', id="1e999"),
+        pytest.param('"fp32_bytes":100', '"fp32_bytes":' + "9" * 5000, id="5000-digits"),
+        pytest.param('"error":0.012', '"error":1e999', id="error-1e999"),
+        pytest.param('"kept":7', '"kept":7.0', id="float-count"),
+        pytest.param('"format":1', '"format":01', id="not-json"),
+        pytest.param("1e-05", "1e-400000000000000000000", id="eps-underflow-is-0"),
+    ],
+)
+def test_json_that_is_not_plain(old, new):
+    parts = take_apart(SMALL)
+    assert parts.text().count(old) == 1
+    data = parts.file(parts.text().replace(old, new))
+    if new.startswith("1e-4"):
+        assert from_bytes(data).norms[0].eps == 0
+    else:
+        refused(data)
+
+
+@pytest.mark.parametrize("field", ['"shape":[3,5]', '"bits":3', '"fp32_bytes":100', '"kept":7', '"checksum":"' + BLANK])
+@pytest.mark.parametrize(("left", "right"), ["[]", ('{"a":', "}")], ids=["lists", "objects"])
+def test_deep_nesting(field, left, right):
+    parts = take_apart(SMALL)
+    key = field.split(":")[0]
+    for depth in [*range(33, 200, 40), *range(900, 1010, 7), 100_000]:
+        nested = key + ":" + left * depth + ("" if left == "[" else "1") + right * depth
+        text = parts.text().replace(field, nested + (',"x":"' if "checksum" in key else ""), 1)
+        assert nested in text
+        refused(parts.file(text))
+
+
+def test_nesting_that_is_allowed():
+    parts = take_apart(SMALL)
+    parts.contents["about"] = json.loads("[" * 30 + "]" * 30) and {"a": json.loads("[" * 30 + "]" * 30)}
+    assert from_bytes(parts.file()).about == parts.contents["about"]
+
+
+@pytest.mark.parametrize("extra", [{"format": "pt"}, {"checksum": BLANK}])
+def test_a_second_metadata_entry_is_refused(extra):
+    refused(take_apart(SMALL).file(**extra), "metadata|checksum")
+
+
+def test_two_headers_in_one():
+    """A key that one JSON reader takes from its first, another from its last occurrence."""
+    parts = take_apart(SMALL)
+    good = json.dumps({"__metadata__": {"featherweight": parts.text()}} | parts.tensors, separators=(",", ":"))
+    refused(from_header(good.replace('{"__metadata__"', '{"__metadata__":{},"__metadata__"', 1), parts.payload), "header")
+    refused(from_header(good.replace('"u8":', '"u8":{},"u8":', 1), parts.payload), "header")
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_bytes_for_the_payload(data):
+    """Whatever the payload holds is read as it is, or refused."""
+    parts = take_apart(SMALL)
+    place = data.draw(st.integers(0, len(parts.payload) - 1))
+    values = data.draw(st.binary(min_size=1, max_size=8))
+    parts.payload = (parts.payload[:place] + values + parts.payload[place + len(values) :])[: len(parts.payload)]
+    made = parts.file()
+    try:
+        artifact = from_bytes(made)
+    except FormatError as error:
+        assert str(error).isprintable()
+    else:
+        assert to_bytes(artifact) == made
+        artifact.digest()
+        rows_of(artifact)
+
+
+# ---------------------------------------------------------------- what a file cannot make us do
+def test_a_small_file_cannot_claim_much_memory():
+    """A mask of zeros is the densest claim: 1 bit for a decoded float32."""
+    count = 8 * 4096
+    weight = {"kind": "sparse", "values": "dense", "type": "f16", "kept": 0}
+    parts = take_apart(to_bytes(Artifact((), {}, ())))
+    parts.contents |= {
+        "methods": ["x"],
+        "units": [{"names": ["w"], "shape": [count], "method": 0, "weight": weight}],
+    }
+    parts.add("u8", bytes(count // 8))
+    made = parts.file()
+    with frugal(limit=64 * len(made)):
+        assert from_bytes(made).units[0].tensor().numel() == count
+
+
+def test_no_name_in_a_file_is_imported_or_run(tmp_path, monkeypatch):
+    (tmp_path / "evil_factory.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef make(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    name = "evil_factory:make"
+    parts = take_apart(to_bytes(Artifact((), {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, ())))
+    parts.contents["about"] = {key: name for key in ("model", "data", "arch", "class", "__reduce__", "test", "loader")}
+    parts.contents["methods"] = [name, "evil_factory.make", "os.system"]
+    (tmp_path / "evil.fw").write_bytes(parts.file())
+    load(tmp_path / "evil.fw", into=nn.Linear(2, 2))  # whatever is imported on first use is imported now
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError(f"a file made us call this with {args}")
+
+    for module, call in [(importlib, "import_module"), (pickle, "load"), (pickle, "loads"), (torch, "load")]:
+        monkeypatch.setattr(module, call, forbidden)
+    before = set(sys.modules)
+    artifact = read(tmp_path / "evil.fw")
+    assert artifact.about["model"] == name
+    load(tmp_path / "evil.fw", into=nn.Linear(2, 2))
+    artifact.digest()
+    rows_of(artifact)
+    assert set(sys.modules) == before
+    assert "evil_factory" not in sys.modules
+    assert not (tmp_path / "ran").exists()
