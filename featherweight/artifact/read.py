@@ -230,7 +230,7 @@ def _is_count(value: Any) -> bool:
 
 def _shape(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > 16 or not all(_is_count(n) and n >= least for n in value):
-        raise FormatError(f"{where}: {value!r} is not a shape")
+        raise FormatError(f"{where} is not a shape: {value!r}")
     if (least and not value) or prod(max(n, 1) for n in value) >= _MAX_DIM:
-        raise FormatError(f"{where}: {value!r} is not a shape that a tensor here can have")
+        raise FormatError(f"{where} is not a shape that a tensor here can have: {value!r}")
     return tuple(value)

@@ -17,7 +17,7 @@ from featherweight.metrics import accuracy
 from featherweight.pipeline import compress
 from featherweight.target import baselines
 
-TARGETS = ("3.5x", "5x", "7x", "9x", "12x")
+TARGETS = ("3.7x", "5x", "6x", "8x", "12x")
 
 
 @final
@@ -52,7 +52,7 @@ def demo(progress: Callable[[str, int, int], None]) -> list[DemoRow]:
 
 def demo_table(rows: list[DemoRow]) -> Table:
     """For people."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Handwritten digits, 540 test images")
+    table = Table(box=None, pad_edge=False, header_style="bold", title="Handwritten digits, images the network never saw")
     table.add_column("")
     for title in ("file bytes", "smaller", "top-1 %"):
         table.add_column(title, justify="right")

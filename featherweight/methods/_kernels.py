@@ -1,14 +1,16 @@
-"""The greedy row kernels of Optimal Brain Compression, compiled by numba for the CPU.
+"""The inner loops of the solvers, compiled by numba for the CPU.
 
-Both loops remove one column of the active set M at a time and need, for the removed column p, row p of the inverse of
-the Hessian restricted to M. The paper keeps that inverse and subtracts a rank-one matrix from it at each step, which
-moves cols² numbers. Here the inverse of the full Hessian is shared by all rows and never written; a row's corrections
-are kept as a thin factor U (steps, active columns), so that row p is
+Rows (or groups) run in parallel; the result of one depends neither on the others nor on the number of threads.
+
+The greedy loops of Optimal Brain Compression remove one column of the active set M at a time and need, for the removed
+column p, row p of the inverse of the Hessian restricted to M. The paper keeps that inverse and subtracts a rank-one
+matrix from it at each step, which moves cols² numbers. Here the inverse of the full Hessian is shared by all rows and
+never written; a row's corrections are kept as a thin factor U (steps, active columns), so that row p is
 
     inv(H_M)[p, :] = inv(H)[p, :] - U[:, p]ᵀ U[:, :]
 
 The active columns are kept compact: the removed one swaps places with the last. The work of a full trace is cols³ / 6
-multiply-adds a row, read in order from cache. Rows run in parallel; a row's result does not depend on the others.
+multiply-adds a row, read in order from cache.
 """
 
 import numpy as np
@@ -157,3 +159,55 @@ def polish_rows(w, hessian, scale, zero, keep, codes, top, sweeps):  # pragma: n
                     changed = True
             if not changed:
                 break
+
+
+TILE = 8  # rows that go through a Hessian factor together, so that it is read from memory once for all of them
+
+
+@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+def feedback_rows(w, upper, scale, zero, keep, top):  # pragma: no cover - compiled
+    """GPTQ: round column after column, moving each error onto the columns behind it.
+
+    w, scale, zero, keep: (blocks, rows, cols); w is overwritten. upper: (blocks, cols, cols), U with H^-1 = Uᵀ U.
+    Returns codes (blocks, rows, cols) uint8, and each rounding error divided by the diagonal of U.
+    """
+    blocks, rows, cols = w.shape
+    codes = np.zeros((blocks, rows, cols), np.uint8)
+    errors = np.empty_like(w)
+    tiles = (rows + TILE - 1) // TILE
+    for task in prange(blocks * tiles):
+        b, first = task // tiles, task % tiles * TILE
+        last = min(first + TILE, rows)
+        for i in range(cols):
+            factor = upper[b, i]
+            for r in range(first, last):
+                row = w[b, r]
+                code = min(max(np.rint(row[i] / scale[b, r, i] + zero[b, r, i]), 0.0), top)
+                codes[b, r, i] = np.uint8(code)
+                rounded = scale[b, r, i] * (code - zero[b, r, i]) if keep[b, r, i] else 0.0
+                error = (row[i] - rounded) / factor[i]
+                errors[b, r, i] = error
+                for j in range(i + 1, cols):
+                    row[j] -= error * factor[j]
+    return codes, errors
+
+
+@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+def best_grid(w, importance, scales, zeros, top):  # pragma: no cover - compiled
+    """Which of the candidate grids rounds each group with the smallest weighted squared error, (groups,).
+
+    w, importance: (groups, entries). scales, zeros: (groups, candidates).
+    """
+    groups, entries = w.shape
+    best = np.zeros(groups, np.int64)
+    for g in prange(groups):
+        least = np.inf
+        for k in range(scales.shape[1]):
+            scale, zero, lost = scales[g, k], zeros[g, k], 0.0
+            for i in range(entries):
+                code = min(max(np.rint(w[g, i] / scale + zero), 0.0), top)
+                error = scale * (code - zero) - w[g, i]
+                lost += importance[g, i] * error * error
+            if lost < least:
+                best[g], least = k, lost
+    return best

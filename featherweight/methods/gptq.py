@@ -3,8 +3,8 @@
 Paper: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", 2210.17323, algorithm 1. Differences: (1) everything in float64; (2) the grid of every group is fixed
 beforehand from the dense weights ("static groups"), so columns can go in any order; (3) damping starts at `damp` and is
-raised only where the Cholesky factorisation fails, and the value used is recorded; (4) all row blocks of a grouped
-convolution go at once; (5) entries that a pruning step removed are rounded to zero.
+raised only where the Cholesky factorisation fails, and the value used is recorded; (4) all row blocks
+of a grouped convolution go at once; (5) entries that a pruning step removed are rounded to zero.
 """
 
 import math
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from featherweight._linalg import damped_cholesky, inverse_factor
 from featherweight.errors import require
+from featherweight.methods._kernels import feedback_rows
 from featherweight.methods.base import Solution, Status, status_of, usable
 from featherweight.methods.grids import SEARCH, GridSpec, Points, choose
 from featherweight.stats import LayerStats
 from featherweight.weights import Sparse
 
-BLOCK = 64  # columns between two updates of all the columns behind them
+BLOCK = 128  # columns between two updates of all the columns behind them
 
 
 @final
@@ -84,23 +85,22 @@ def quantize(
     _, upper = inverse_factor(factor)
     scale, zero = (arranged(t) for t in points.entries())
     kept = torch.ones_like(scale, dtype=torch.bool) if keep is None else arranged(keep)
-    codes = _feedback(arranged(w.double()), upper, scale, zero, 2**points.spec.bits - 1, kept)
+    codes = _feedback(arranged(w.double()), upper, scale, zero, kept, float(2**points.spec.bits - 1))
     back = order.argsort(dim=1)[:, None, :].expand_as(codes)
-    return codes.gather(2, back).reshape(w.shape).to(torch.uint8), used
+    return codes.gather(2, back).reshape(w.shape), used
 
 
-def _feedback(w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: int, kept: Tensor) -> Tensor:
-    """Algorithm 1: (blocks, rows, cols) codes. w is overwritten (it is a copy)."""
-    codes = torch.empty_like(w)
-    cols = w.shape[2]
-    for first in range(0, cols, BLOCK):
-        last = min(first + BLOCK, cols)
-        errors = torch.empty_like(w[:, :, first:last])
-        for i in range(first, last):
-            code = torch.clamp(torch.round(w[:, :, i] / scale[:, :, i] + zero[:, :, i]), 0, top)
-            rounded = torch.where(kept[:, :, i], scale[:, :, i] * (code - zero[:, :, i]), 0.0)
-            error = (w[:, :, i] - rounded) / upper[:, i, i, None]
-            w[:, :, i + 1 : last] -= error[:, :, None] * upper[:, None, i, i + 1 : last]
-            codes[:, :, i], errors[:, :, i - first] = code, error
-        w[:, :, last:] -= errors @ upper[:, first:last, last:]
-    return codes
+def _feedback(w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, kept: Tensor, top: float) -> Tensor:
+    """Algorithm 1: (blocks, rows, cols) codes. Inside a block of columns errors move at once, in the kernel; onto all
+    the columns behind it they move together, as one product. w is overwritten (it is a copy)."""
+    codes = []
+    for first in range(0, w.shape[2], BLOCK):
+        here, behind = slice(first, first + BLOCK), slice(first + BLOCK, None)
+        part, factor, scales, zeros, keeps = (
+            t.contiguous().numpy()
+            for t in (w[:, :, here], upper[:, here, here], scale[:, :, here], zero[:, :, here], kept[:, :, here])
+        )
+        rounded, errors = feedback_rows(part, factor, scales, zeros, keeps, top)
+        codes.append(torch.from_numpy(rounded))
+        w[:, :, behind] -= torch.from_numpy(errors) @ upper[:, here, behind]
+    return torch.cat(codes, dim=2)

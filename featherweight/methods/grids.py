@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import require
+from featherweight.methods._kernels import best_grid
 from featherweight.weights import Grid
 from featherweight.weights.base import float_type
 from featherweight.weights.grid import per_entry, scale_shape, symmetric_zero
 
 STEPS = 80  # shrinks tried: 1.00, 0.99 ... 0.21
-SEARCH = 60 * STEPS  # multiply-adds that the search takes for one weight, counted as the time it takes
+SEARCH = 15 * STEPS  # multiply-adds that the search takes for one weight, counted as the time it takes
 
 
 @final
@@ -102,17 +103,15 @@ def choose(w: Tensor, spec: GridSpec, importance: Tensor | None = None, keep: Te
         low = -high
     dtype = float_type(((high - low) / levels).reshape(-1))
     smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # what a group of zeros gets
-    best = torch.full_like(low, torch.inf)
-    scale, zero = torch.ones_like(low), torch.zeros_like(low)
-    for i in range(STEPS):
-        shrink = 1 - i / 100
-        s = ((high - low) * shrink / levels).to(dtype).double().clamp(min=smallest)
-        z = torch.full_like(s, symmetric_zero(spec.bits)) if spec.symmetric else torch.round(-low * shrink / s)
-        z = z if spec.symmetric else z.clamp(0, levels)
-        codes = torch.round(grouped / s[..., None] + z[..., None]).clamp(0, levels)
-        lost = (s[..., None] * (codes - z[..., None]) - grouped).square_().mul_(counts).sum(dim=-1)
-        better = lost < best
-        best, scale, zero = torch.where(better, lost, best), torch.where(better, s, scale), torch.where(better, z, zero)
+    shrinks = 1 - torch.arange(STEPS, dtype=torch.float64) / 100
+    scales = ((high - low)[:, None] * shrinks / levels).to(dtype).double().clamp(min=smallest)
+    if spec.symmetric:
+        zeros = torch.full_like(scales, symmetric_zero(spec.bits))
+    else:
+        zeros = torch.round(-low[:, None] * shrinks / scales).clamp(0, levels)
+    values, importances, tried, offsets = (t.contiguous().numpy() for t in (grouped, counts, scales, zeros))
+    best = torch.from_numpy(best_grid(values, importances, tried, offsets, float(levels)))[:, None]
+    scale, zero = scales.gather(1, best), zeros.gather(1, best)
     return Points(
         spec,
         shape,
@@ -122,8 +121,8 @@ def choose(w: Tensor, spec: GridSpec, importance: Tensor | None = None, keep: Te
 
 
 def _grouped(w: Tensor, shape: tuple[int, int], group: int) -> Tensor:
-    """(groups..., entries), short last groups filled with zeros (which lie on every grid)."""
+    """(groups, entries), short last groups filled with zeros (which lie on every grid)."""
     if group == 0:
-        return w.reshape(1, 1, -1)
+        return w.reshape(1, -1)
     groups = scale_shape(shape, group)[1]
-    return torch.nn.functional.pad(w, (0, groups * group - shape[1])).reshape(shape[0], groups, group)
+    return torch.nn.functional.pad(w, (0, groups * group - shape[1])).reshape(-1, group)

@@ -127,7 +127,9 @@ def test_a_file_read_and_written_again_has_the_same_bytes(artifact):
 
 def test_another_process_writes_the_same_bytes():
     code = (
-        "import hashlib; from tests.golden.make_v1 import artifacts; from featherweight.artifact.write import to_bytes\n"
+        "import hashlib\n"
+        "from tests.golden.make_v1 import artifacts\n"
+        "from featherweight.artifact.write import to_bytes\n"
         "for a in artifacts().values(): print(hashlib.sha256(to_bytes(a)).hexdigest())"
     )
     output = subprocess.run(

@@ -66,12 +66,24 @@ def frugal(limit: int = 1 << 20):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def one_line(message: str) -> bool:
+    return 15 < len(message) <= 300 and message.isprintable()
+
+
 def refused(data: bytes, told: str = ".") -> None:
     with pytest.raises(FormatError, match=told) as raised:
         from_bytes(data)
-    message = str(raised.value)
-    assert 15 < len(message) <= 300
-    assert message.isprintable()
+    assert one_line(str(raised.value))
+
+
+def tried(data: bytes) -> Artifact | None:
+    """The artifact, or None for a file that is refused with one line."""
+    try:
+        return from_bytes(data)
+    except FormatError as error:
+        message = str(error)
+    assert one_line(message)
+    return None
 
 
 def test_the_small_file_is_fine_and_small():
@@ -193,7 +205,25 @@ def test_what_cannot_be_opened_is_told(tmp_path, name, told):
 
 
 # ---------------------------------------------------------------- attacks with a right checksum
-WRONG = [None, True, False, -1, 2**62, 10**30, 1.5, "", "x", "a\nb", "\ud800", [], {}, [[]], [None], ["x", "x"], {"x": 1}]
+WRONG = [
+    None,
+    True,
+    False,
+    -1,
+    2**62,
+    10**30,
+    1.5,
+    "",
+    "x",
+    "a\nb",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [None],
+    ["x", "x"],
+    {"x": 1},
+]
 FREE = re.compile(  # what may be anything of its own type
     r"about(\..*)?|methods\.\d|units\.\d\.(note|error|names\.\d)|rest\.\d\.0|batchnorm\.\d\.0"
 )
@@ -221,11 +251,7 @@ def test_any_field_of_any_wrong_type():
         for value in WRONG:
             parts = take_apart(SMALL)
             owner(parts.contents, path)[path[-1]] = value
-            try:
-                from_bytes(parts.file())
-            except FormatError as error:
-                assert str(error).isprintable()
-            else:
+            if tried(parts.file()) is not None:
                 accepted.add((".".join(map(str, path)), type(value)))
     assert {path for path, _ in accepted if not FREE.fullmatch(path)} == set()
     types = {kind for path, kind in accepted if not path.startswith("about") and not path.endswith("error")}
@@ -234,13 +260,12 @@ def test_any_field_of_any_wrong_type():
 
 
 def test_any_missing_field():
-    optional = {"units.0.note", "units.0.error", "about.model", "about.fp32_bytes"}
-    optional |= {"units.0.names.0", "units.0.names.1", "methods.2"}  # methods[2]: see below
+    optional = {"units.0.note", "units.0.error", "units.2.transposed_groups", "about.model", "about.fp32_bytes"}
+    optional |= {"units.0.names.0", "units.0.names.1"}  # one of two
     for path in PATHS:
         parts = take_apart(SMALL)
         del owner(parts.contents, path)[path[-1]]
-        name = ".".join(map(str, path))
-        if name in optional - {"methods.2"}:
+        if ".".join(map(str, path)) in optional:
             from_bytes(parts.file())
         else:
             refused(parts.file())
@@ -319,7 +344,6 @@ ATTACKS = {
     "checksum-capitals": (edit("checksum", "A" * 32), "no checksum"),
     "checksum-half-characters": (edit("checksum", "\ud800" * 32), "no checksum"),
     "checksum-twice": (edit("about", {"checksum": BLANK}), "checksum"),
-    "checksum-in-payload": (added("i8", MARK + BLANK.encode()), "checksum"),
     # names
     "name-twice-in-unit": (edit("units.0.names", ["a", "a"]), "appears twice"),
     "name-in-two-units": (edit("units.1.names", ["grid.weight"]), "appears twice"),
@@ -342,8 +366,8 @@ ATTACKS = {
     "shape-overflow": (edit("units.0.shape", [2**32, 2**32]), "not a shape"),
     "shape-long": (edit("units.0.shape", [1] * 17), "not a shape"),
     "shape-very-long": (edit("units.0.shape", [1] * 10000), "not a shape"),
-    "shape-large": (edit("units.0.shape", [HUGE, 1]), "elements of 'u8'"),
-    "shape-large-row": (edit("units.0.shape", [1, HUGE]), "elements of 'u8'"),
+    "shape-large": (edit("units.0.shape", [HUGE, 3]), "not a shape that a tensor here can have"),
+    "shape-large-row": (edit("units.0.shape", [1, HUGE]), "needs 206158430208 elements of 'u8', 12 are left"),
     "shape-large-sparse": (edit("units.1.shape", [HUGE, 1]), "elements of 'u8'"),
     "shape-large-dense": (edit("units.2.shape", [2, HUGE // 4, 1]), "elements of 'f16'"),
     "shape-sparse-other": (edit("units.1.shape", [3, 6]), "padding|elements|mask keeps"),
@@ -487,6 +511,12 @@ def test_nesting_that_is_allowed():
     assert from_bytes(parts.file()).about == parts.contents["about"]
 
 
+def test_a_payload_may_look_like_a_blank_checksum():
+    looks = torch.tensor(list(MARK + BLANK.encode()), dtype=torch.uint8)
+    data = to_bytes(Artifact((), {"text": looks}, ()))
+    assert torch.equal(from_bytes(data).rest["text"], looks)
+
+
 @pytest.mark.parametrize("extra", [{"format": "pt"}, {"checksum": BLANK}])
 def test_a_second_metadata_entry_is_refused(extra):
     refused(take_apart(SMALL).file(**extra), "metadata|checksum")
@@ -496,7 +526,9 @@ def test_two_headers_in_one():
     """A key that one JSON reader takes from its first, another from its last occurrence."""
     parts = take_apart(SMALL)
     good = json.dumps({"__metadata__": {"featherweight": parts.text()}} | parts.tensors, separators=(",", ":"))
-    refused(from_header(good.replace('{"__metadata__"', '{"__metadata__":{},"__metadata__"', 1), parts.payload), "header")
+    refused(
+        from_header(good.replace('{"__metadata__"', '{"__metadata__":{},"__metadata__"', 1), parts.payload), "header"
+    )
     refused(from_header(good.replace('"u8":', '"u8":{},"u8":', 1), parts.payload), "header")
 
 
@@ -509,11 +541,7 @@ def test_any_bytes_for_the_payload(data):
     values = data.draw(st.binary(min_size=1, max_size=8))
     parts.payload = (parts.payload[:place] + values + parts.payload[place + len(values) :])[: len(parts.payload)]
     made = parts.file()
-    try:
-        artifact = from_bytes(made)
-    except FormatError as error:
-        assert str(error).isprintable()
-    else:
+    if (artifact := tried(made)) is not None:
         assert to_bytes(artifact) == made
         artifact.digest()
         rows_of(artifact)
@@ -541,7 +569,7 @@ def test_no_name_in_a_file_is_imported_or_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "evil_factory:make"
     parts = take_apart(to_bytes(Artifact((), {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, ())))
-    parts.contents["about"] = {key: name for key in ("model", "data", "arch", "class", "__reduce__", "test", "loader")}
+    parts.contents["about"] = dict.fromkeys(("model", "data", "arch", "class", "__reduce__", "test", "loader"), name)
     parts.contents["methods"] = [name, "evil_factory.make", "os.system"]
     (tmp_path / "evil.fw").write_bytes(parts.file())
     load(tmp_path / "evil.fw", into=nn.Linear(2, 2))  # whatever is imported on first use is imported now

@@ -241,7 +241,9 @@ def test_another_norm_at_the_same_place_is_refused(net):
     assert "not in the network: bn.running_mean, bn.running_var" in unchanged(other, stored(net))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("precise", torch.int64), ("steps", torch.bool), ("head.bias", torch.int8)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("precise", torch.int64), ("steps", torch.bool), ("head.bias", torch.int8)]
+)
 def test_numbers_that_the_network_cannot_hold_are_refused(net, name, dtype):
     artifact = stored(net)
     other = Plain()
