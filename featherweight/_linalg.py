@@ -42,23 +42,3 @@ def inverse_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
     """(H^-1, U) from the lower Cholesky factor of H, where U is upper triangular and H^-1 = Uᵀ U."""
     inverse = torch.cholesky_inverse(factor)
     return inverse, torch.linalg.cholesky(inverse, upper=True)
-
-
-def refit(w: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
-    """Least-squares optimal weights on a given support: argmin (v - w) H (v - w)ᵀ over v that are zero where `keep` is
-    false, row by row: v_K = w_K + H_KK^-1 H_KP w_P with P the removed entries.
-
-    Args:
-        w: (rows, cols). hessian: (cols, cols), positive definite. keep: (rows, cols) bool.
-    """
-    out = torch.zeros_like(w)
-    for r in range(w.shape[0]):
-        kept = keep[r].nonzero()[:, 0]
-        gone = (~keep[r]).nonzero()[:, 0]
-        if len(gone) == 0:
-            out[r] = w[r]
-        elif len(kept):
-            rhs = hessian[kept][:, gone] @ w[r, gone]
-            factor = torch.linalg.cholesky(hessian[kept][:, kept])
-            out[r, kept] = w[r, kept] + torch.cholesky_solve(rhs[:, None], factor)[:, 0]
-    return out

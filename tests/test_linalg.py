@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from featherweight._linalg import damped, damped_cholesky, inverse_factor, refit
+from featherweight._linalg import damped, damped_cholesky, inverse_factor
 from featherweight.errors import SolveError
+from featherweight.methods.pruning import refit
 from tests.methods.problems import dependent, problem, weights
 from tests.reference import obs as oracle
 from tests.reference.moments import relative
@@ -95,7 +96,7 @@ def test_refit_is_exact_least_squares_on_the_support():
     keep = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) < 0.5
     keep[0], keep[1], keep[2, 1:] = True, False, False
     before = w.clone()
-    v = refit(w, h, keep)
+    v = refit(w, h[None], keep)
     for r in range(6):
         expected = torch.tensor(oracle.refit_row(w[r].numpy(), h.numpy(), keep[r].numpy()))
         assert torch.allclose(v[r], expected, rtol=SAME, atol=1e-14)
@@ -108,7 +109,7 @@ def test_refit_is_exact_least_squares_on_the_support():
 def test_no_other_weights_on_the_support_are_better():
     w, stats = problem(1, 9, seed=2)
     h, keep = stats.gram[0], torch.arange(9)[None] % 3 > 0
-    v = refit(w, h, keep)
+    v = refit(w, h[None], keep)
     best = oracle.loss(w[0].numpy(), h.numpy(), v[0].numpy())
     for seed in range(10):
         other = v + keep * weights(1, 9, seed) * 0.01

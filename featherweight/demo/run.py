@@ -52,7 +52,9 @@ def demo(progress: Callable[[str, int, int], None]) -> list[DemoRow]:
 
 def demo_table(rows: list[DemoRow]) -> Table:
     """For people."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Handwritten digits, images the network never saw")
+    table = Table(
+        box=None, pad_edge=False, header_style="bold", title="Handwritten digits, images the network never saw"
+    )
     table.add_column("")
     for title in ("file bytes", "smaller", "top-1 %"):
         table.add_column(title, justify="right")

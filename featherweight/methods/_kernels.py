@@ -16,8 +16,10 @@ multiply-adds a row, read in order from cache.
 import numpy as np
 from numba import njit, prange
 
+_FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
 
-@njit(cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+
+@njit(cache=True, fastmath=_FAST, boundscheck=False)
 def _remove(hinv, index, factor, step, active, p, row, diag):  # pragma: no cover - compiled
     """Put row p of inv(H_M) divided by sqrt of its diagonal into row[:active], and into the factor as row `step`;
     then drop column p from the active set. Returns the diagonal entry."""
@@ -50,7 +52,7 @@ def _remove(hinv, index, factor, step, active, p, row, diag):  # pragma: no cove
     return pivot
 
 
-@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
 def prune_trace(w, hinv, steps):  # pragma: no cover - compiled
     """Order in which ExactOBS removes the columns of every row, and the loss of each removal (w² / (2 diag)).
 
@@ -87,51 +89,149 @@ def prune_trace(w, hinv, steps):  # pragma: no cover - compiled
     return order, losses
 
 
-@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+@njit(cache=True, fastmath=_FAST, boundscheck=False)
+def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cover - compiled
+    """OBQ with the outlier rule on one row; value, step_size and offset are overwritten, codes (uint8) filled."""
+    cols = len(value)
+    index = np.arange(cols)
+    diag = np.empty(cols, value.dtype)
+    for i in range(cols):
+        diag[i] = hinv[i, i]
+    factor = np.empty((cols, cols), value.dtype)
+    row = np.empty(cols, value.dtype)
+    active = cols
+    for step in range(cols):
+        p, best, outlier, worst = 0, np.inf, -1, 0.0
+        for i in range(active):
+            code = min(max(np.rint(value[i] / step_size[i] + offset[i]), 0.0), top)
+            error = abs(value[i] - step_size[i] * (code - offset[i]))
+            score = error * error / diag[i]
+            if score < best:
+                p, best = i, score
+            if error > 0.5000001 * step_size[i] and error > worst:  # rounding noise is no outlier
+                outlier, worst = i, error
+        if outlier >= 0:
+            p = outlier
+        code = min(max(np.rint(value[p] / step_size[p] + offset[p]), 0.0), top)
+        codes[index[p]] = np.uint8(code)
+        residual = value[p] - step_size[p] * (code - offset[p])
+        pivot = _remove(hinv, index, factor, step, active, p, row, diag)
+        move = residual / np.sqrt(pivot)
+        for i in range(active):
+            value[i] -= row[i] * move
+        active -= 1
+        index[p], value[p], diag[p] = index[active], value[active], diag[active]
+        step_size[p], offset[p] = step_size[active], offset[active]
+
+
+@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
 def quantize_rows(w, hinv, scale, zero, top):  # pragma: no cover - compiled
     """OBQ with the outlier rule for rows that share one inverse Hessian.
 
     w, scale, zero: (rows, cols). top: largest code. Returns codes (rows, cols) uint8.
-
     """
     rows, cols = w.shape
     codes = np.zeros((rows, cols), np.uint8)
     for r in prange(rows):
-        index = np.arange(cols)
-        value = w[r].copy()
-        step_size, offset = scale[r].copy(), zero[r].copy()
-        diag = np.empty(cols, w.dtype)
-        for i in range(cols):
-            diag[i] = hinv[i, i]
-        factor = np.empty((cols, cols), w.dtype)
-        row = np.empty(cols, w.dtype)
-        active = cols
-        for step in range(cols):
-            p, best, outlier, worst = 0, np.inf, -1, 0.0
-            for i in range(active):
-                code = min(max(np.rint(value[i] / step_size[i] + offset[i]), 0.0), top)
-                error = abs(value[i] - step_size[i] * (code - offset[i]))
-                score = error * error / diag[i]
-                if score < best:
-                    p, best = i, score
-                if error > 0.5000001 * step_size[i] and error > worst:  # rounding noise is no outlier
-                    outlier, worst = i, error
-            if outlier >= 0:
-                p = outlier
-            code = min(max(np.rint(value[p] / step_size[p] + offset[p]), 0.0), top)
-            codes[r, index[p]] = np.uint8(code)
-            residual = value[p] - step_size[p] * (code - offset[p])
-            pivot = _remove(hinv, index, factor, step, active, p, row, diag)
-            move = residual / np.sqrt(pivot)
-            for i in range(active):
-                value[i] -= row[i] * move
-            active -= 1
-            index[p], value[p], diag[p] = index[active], value[active], diag[active]
-            step_size[p], offset[p] = step_size[active], offset[active]
+        _quantize_row(w[r].copy(), hinv, scale[r].copy(), zero[r].copy(), top, codes[r])
     return codes
 
 
-@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+@njit(cache=True, fastmath=_FAST, boundscheck=False)
+def _kept_cholesky(hessian, kept):  # pragma: no cover - compiled
+    """Lower Cholesky factor of H restricted to the columns `kept`."""
+    n = len(kept)
+    factor = np.zeros((n, n), hessian.dtype)
+    for i in range(n):
+        source = hessian[kept[i]]
+        own = factor[i]
+        for j in range(i + 1):
+            other = factor[j]
+            total = source[kept[j]]
+            for k in range(j):
+                total -= own[k] * other[k]
+            own[j] = np.sqrt(total) if i == j else total / other[j]
+    return factor
+
+
+@njit(cache=True, fastmath=_FAST, boundscheck=False)
+def _inverse(factor):  # pragma: no cover - compiled
+    """inv(L Lᵀ) = inv(L)ᵀ inv(L) from the lower factor L."""
+    n = len(factor)
+    low = np.zeros_like(factor)  # inv(L), row by row: L[i, :i] inv(L)[:i] + L[i, i] inv(L)[i] = e_i
+    for i in range(n):
+        own = low[i]
+        for k in range(i):
+            a, other = factor[i, k], low[k]
+            for j in range(k + 1):
+                own[j] -= a * other[j]
+        for j in range(i):
+            own[j] /= factor[i, i]
+        own[i] = 1.0 / factor[i, i]
+    out = np.zeros_like(factor)
+    for k in range(n):
+        own = low[k]
+        for i in range(k + 1):
+            a, target = own[i], out[i]
+            for j in range(i + 1):
+                target[j] += a * own[j]
+    for i in range(n):
+        for j in range(i):
+            out[j, i] = out[i, j]
+    return out
+
+
+@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
+def quantize_kept_rows(w, hessian, scale, zero, keep, top):  # pragma: no cover - compiled
+    """Like quantize_rows, every row on its own support: only entries where `keep` (rows, cols) is true get codes and
+    absorb errors, with the inverse of the Hessian restricted to them."""
+    rows, cols = w.shape
+    codes = np.zeros((rows, cols), np.uint8)
+    for r in prange(rows):
+        kept = np.nonzero(keep[r])[0]
+        if len(kept):
+            own = np.zeros(len(kept), np.uint8)
+            hinv = _inverse(_kept_cholesky(hessian, kept))
+            _quantize_row(w[r][kept], hinv, scale[r][kept], zero[r][kept], top, own)
+            for i in range(len(kept)):
+                codes[r, kept[i]] = own[i]
+    return codes
+
+
+@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
+def refit_rows(w, hessian, keep):  # pragma: no cover - compiled
+    """Least-squares optimal weights on a given support: argmin over v of (v - w) H (v - w)ᵀ, v zero where `keep` is
+    false, row by row: v_K = w_K + inv(H_KK) H_KP w_P with P the removed entries.
+
+    w: (rows, cols). hessian: (cols, cols), positive definite. keep: (rows, cols) bool.
+    """
+    rows, cols = w.shape
+    out = np.zeros_like(w)
+    for r in prange(rows):
+        kept = np.nonzero(keep[r])[0]
+        n = len(kept)
+        change = np.zeros(n, w.dtype)
+        if 0 < n < cols:
+            factor = _kept_cholesky(hessian, kept)
+            for i in range(n):
+                source = hessian[kept[i]]
+                total = 0.0
+                for p in range(cols):
+                    if not keep[r, p]:
+                        total += source[p] * w[r, p]
+                for k in range(i):
+                    total -= factor[i, k] * change[k]
+                change[i] = total / factor[i, i]
+            for i in range(n - 1, -1, -1):
+                change[i] /= factor[i, i]
+                for k in range(i):
+                    change[k] -= factor[i, k] * change[i]
+        for i in range(n):
+            out[r, kept[i]] = w[r, kept[i]] + change[i]
+    return out
+
+
+@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
 def polish_rows(w, hessian, scale, zero, keep, codes, top, sweeps):  # pragma: no cover - compiled
     """Coordinate descent on the codes of every row, in place: column after column, the best code with all others fixed,
     until a sweep changes nothing (at most `sweeps`). (v - w) H (v - w)ᵀ never rises."""
@@ -164,7 +264,7 @@ def polish_rows(w, hessian, scale, zero, keep, codes, top, sweeps):  # pragma: n
 TILE = 8  # rows that go through a Hessian factor together, so that it is read from memory once for all of them
 
 
-@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
 def feedback_rows(w, upper, scale, zero, keep, top):  # pragma: no cover - compiled
     """GPTQ: round column after column, moving each error onto the columns behind it.
 
@@ -192,7 +292,7 @@ def feedback_rows(w, upper, scale, zero, keep, top):  # pragma: no cover - compi
     return codes, errors
 
 
-@njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False)
+@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
 def best_grid(w, importance, scales, zeros, top):  # pragma: no cover - compiled
     """Which of the candidate grids rounds each group with the smallest weighted squared error, (groups,).
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from featherweight._linalg import damped_cholesky
 from featherweight.errors import require
 from featherweight.methods import gptq
-from featherweight.methods._kernels import polish_rows, quantize_rows
+from featherweight.methods._kernels import polish_rows, quantize_kept_rows, quantize_rows
 from featherweight.methods.base import Solution, Status, status_of, usable
 from featherweight.methods.grids import GridSpec, Points, choose
 from featherweight.stats import LayerStats
@@ -86,16 +86,13 @@ def greedy(w: Tensor, hessian: Tensor, points: Points, keep: Tensor | None = Non
     rows = w.shape[0] // hessian.shape[0]
     for b, h in enumerate(hessian):
         block = slice(b * rows, (b + 1) * rows)
+        w_rows, scales, zeros = (_array(t[block]) for t in (w, scale, zero))
         if keep is None:
             hinv = torch.cholesky_inverse(torch.linalg.cholesky(h))
-            codes[block] = _rounded(w[block], hinv, scale[block], zero[block], top)
-            continue
-        for r in range(b * rows, (b + 1) * rows):
-            kept = keep[r].nonzero()[:, 0]
-            if len(kept):
-                hinv = torch.cholesky_inverse(torch.linalg.cholesky(h[kept][:, kept]))
-                one = slice(r, r + 1)
-                codes[r, kept] = _rounded(w[one, kept], hinv, scale[one, kept], zero[one, kept], top)[0]
+            codes[block] = torch.from_numpy(quantize_rows(w_rows, _array(hinv), scales, zeros, top))
+        else:
+            kept = _array(keep[block])
+            codes[block] = torch.from_numpy(quantize_kept_rows(w_rows, _array(h), scales, zeros, kept, top))
     return codes
 
 
@@ -155,10 +152,6 @@ def _refitted(w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: T
     better = (new_error < old_error)[:, None]
     kept = Points(points.spec, points.shape, torch.where(better, stored, points.scale), points.zero)
     return kept, torch.where(better, after, codes)
-
-
-def _rounded(w: Tensor, hinv: Tensor, scale: Tensor, zero: Tensor, top: float) -> Tensor:
-    return torch.from_numpy(quantize_rows(_array(w), _array(hinv), _array(scale), _array(zero), top))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

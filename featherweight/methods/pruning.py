@@ -17,10 +17,10 @@ from typing import ClassVar, Protocol, final
 import torch
 from torch import Tensor
 
-from featherweight._linalg import damped_cholesky, refit
+from featherweight._linalg import damped_cholesky
 from featherweight._pack import packed_size
 from featherweight.errors import require
-from featherweight.methods._kernels import prune_trace
+from featherweight.methods._kernels import prune_trace, refit_rows
 from featherweight.methods.base import Solution, Status, status_of, usable
 from featherweight.methods.gptq import Gptq
 from featherweight.methods.obq import Obq
@@ -116,8 +116,7 @@ class Obs:
             loss *= seen.row_share[:, None]
         removed = global_step(loss, removals(w, self.sparsity))
         keep = support(order, removed)
-        blocks = [refit(*part) for part in _per_block(w.double(), hessian, keep)]
-        return torch.cat(blocks), keep, damp
+        return refit(w.double(), hessian, keep), keep, damp
 
     def solve(self, w: Tensor, stats: LayerStats) -> Solution:
         weights, keep, damp = self.prune(w, stats)
@@ -188,9 +187,16 @@ def support(order: Tensor, removed: Tensor) -> Tensor:
     return torch.ones_like(gone).scatter(1, order, ~gone)
 
 
-def _per_block(w: Tensor, hessian: Tensor, keep: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def refit(w: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
+    """The least-squares optimal weights on a support, (rows, cols) float64: argmin (v - w) H (v - w)ᵀ over v that are
+    zero outside `keep`. hessian: (blocks, cols, cols), positive definite."""
     rows = w.shape[0] // hessian.shape[0]
-    return [(w[b * rows : (b + 1) * rows], h, keep[b * rows : (b + 1) * rows]) for b, h in enumerate(hessian)]
+    parts = []
+    for b, h in enumerate(hessian):
+        block = slice(b * rows, (b + 1) * rows)
+        arrays = w[block].contiguous().numpy(), h.contiguous().numpy(), keep[block].contiguous().numpy()
+        parts.append(torch.from_numpy(refit_rows(arrays[0], arrays[1], arrays[2])))
+    return torch.cat(parts)
 
 
 def _stored(weights: Tensor, keep: Tensor) -> Sparse:

@@ -18,6 +18,7 @@ from featherweight.methods import (
     Rtn,
     Solution,
     Status,
+    gptq,
 )
 from featherweight.stats import LayerStats
 from featherweight.weights import KINDS
@@ -80,7 +81,7 @@ PROBLEMS = {
     "half": lambda: (problem(6, 14)[0].half(), problem(6, 14)[1]),
     "bfloat16": lambda: (problem(6, 14)[0].bfloat16(), problem(6, 14)[1]),
     "transposed": lambda: (problem(14, 6)[0].float().T, problem(6, 14)[1]),
-    "more columns than a block": lambda: problem(2, 70, seed=6),
+    "more columns than a block": lambda: problem(2, gptq.BLOCK + 6, seed=6),
     "few samples": lambda: (weights(6, 12, 0), dependent(12, 0, 5)),
     "dead inputs": dead_inputs,
     "NaN inputs": lambda: broken_inputs(torch.nan),

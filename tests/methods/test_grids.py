@@ -53,6 +53,14 @@ def test_removed_entries_do_not_count():
         assert (float(points.scale[r, 0]), float(points.zero[r, 0])) == (scale, zero)
 
 
+def test_removed_entries_do_not_count_as_zeros():
+    """Zero lies on every grid with a zero point; on a grid of one bit it would pull the two points together."""
+    w = torch.tensor([[1.0, 1.0, -1.0, -1.0, 5.0, 5.0, 5.0, 5.0]], dtype=torch.float64)
+    keep = torch.arange(8)[None] < 4
+    scale, _ = oracle.search_scale([1.0, 1.0, -1.0, -1.0], [1.0] * 4, 1, True)
+    assert float(choose(w, GridSpec(1, True), keep=keep).scale) == scale == 2
+
+
 def test_columns_without_input_still_count_a_little():
     w = weights(1, 6, seed=0)
     points = choose(w, GridSpec(4), torch.zeros(1, 6, dtype=torch.float64))
@@ -112,6 +120,15 @@ def test_a_weak_row_keeps_its_precision(weaker):
     w[0] *= weaker
     error = (Rtn(GridSpec(4)).solve(w, LayerStats.white(64)).weight.dense() - w).norm(dim=1) / w.norm(dim=1)
     assert (error < 0.12).all()
+
+
+def test_zeros_stay_inside_the_codes_where_scales_are_coarse():
+    """A row so weak that its scale is rounded to the smallest half-precision number."""
+    w = weights(2, 16, seed=4)
+    w[0] = -torch.linspace(0.1, 1, 16) * 3 * 1.4 * 2**-24
+    points = choose(w, GridSpec(2))
+    assert points.scale.dtype == torch.float16
+    assert (points.zero < 4).all()
 
 
 def test_entries_repeat_scales_over_groups():

@@ -246,8 +246,9 @@ def test_blocks_are_solved_as_if_alone():
 def test_solutions_follow_scaling_and_reordering(method):
     w, stats = problem(6, 14, seed=7)
     plain = method.solve(w, stats)
-    louder = LayerStats(stats.gram * 64, stats.mean * 8, stats.samples)
-    assert torch.equal(method.solve(w, louder).weight.dense(), plain.weight.dense())  # damping is relative
+    for power in (2.0**6, 2.0**-40):  # damping and the like are relative
+        louder = LayerStats(stats.gram * power, stats.mean * power**0.5, stats.samples)
+        assert torch.equal(method.solve(w, louder).weight.dense(), plain.weight.dense())
     assert torch.equal(method.solve(w * 4, stats).weight.dense(), plain.weight.dense() * 4)
     rows = torch.tensor([3, 0, 5, 1, 2, 4])
     assert torch.allclose(method.solve(w[rows], stats).weight.dense(), plain.weight.dense()[rows], rtol=1e-3)
