@@ -258,7 +258,7 @@ def _plan_table(found: Plan) -> Table:
     for row in found.rows:
         shape = "x".join(map(str, row.shape))
         sizes = f"{4 * row.params:,}", f"{row.bytes:,}", f"{row.seconds:.1f}"
-        table.add_row(row.name, row.kind, shape, row.method, *sizes)
+        table.add_row(escape(row.name), row.kind, shape, row.method, *sizes)
     return table
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -88,7 +89,7 @@ def weights_table(rows: tuple[Row, ...], file_bytes: int) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         error = "" if row.error is None else f"{row.error:.2%}"
-        table.add_row(row.name, row.kind, row.method, f"{row.bits:.2f}", f"{row.bytes:,}", error)
+        table.add_row(escape(row.name), row.kind, escape(row.method), f"{row.bits:.2f}", f"{row.bytes:,}", error)
         if row.note:
             table.add_row(Text(f"  {row.note}", style="yellow"))
     payload = sum(r.bytes for r in rows)
@@ -109,7 +110,7 @@ def left_alone_table(left: tuple[LeftAlone, ...]) -> Table:
     for reason in dict.fromkeys(x.reason for x in left):
         same = [x for x in left if x.reason == reason]
         names = same[0].name if len(same) == 1 else f"{same[0].name} and {len(same) - 1} more"
-        table.add_row(names, f"{sum(x.params for x in same):,}", reason)
+        table.add_row(escape(names), f"{sum(x.params for x in same):,}", reason)
     return table
 
 

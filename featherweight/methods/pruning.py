@@ -91,7 +91,7 @@ class Obs:
 
     name: ClassVar[str] = "obs"
     sparsity: float
-    damp: float = 0.01
+    damp: float = 0.001
 
     def __post_init__(self) -> None:
         require(0 <= self.sparsity < 1, "sparsity must be at least 0 and below 1", self.sparsity)
