@@ -41,7 +41,7 @@ NETWORKS = {  # network: (calibration data, test data, settings)
     "efficientnet_lite0": (
         "imagenet_calibration",
         "imagenet_val",
-        ["--method obq --bits 8", "--method obq --bits 4", "--method obq --bits 3"],
+        ["--method gptq --bits 8", "--method gptq --bits 4", "--method gptq --bits 3", "--method obq --bits 3"],
     ),
 }
 

@@ -25,10 +25,8 @@ FIGURES = [  # network, calibration, test, settings, largest share of fp32 in pe
 @pytest.mark.parametrize(("network", "calibration", "test", "settings", "share", "least"), FIGURES)
 def test_figures(zoo, capsys, tmp_path, network, calibration, test, settings, share, least):
     place = SHARED / "zoo.py"
-    code = main(
-        ["compress", f"{place}:{network}", "--data", f"{place}:{calibration}", "--test", f"{place}:{test}", "--json"]
-        + ["-o", str(tmp_path / "small.fw"), *settings.split()]
-    )
+    command = f"compress {place}:{network} --data {place}:{calibration} --test {place}:{test} --json {settings}"
+    code = main([*command.split(), "-o", str(tmp_path / "small.fw")])
     found = json.loads(capsys.readouterr().out)
     assert code == 0
     assert 100 * found["file_bytes"] / found["baselines"]["fp32"] <= share

@@ -64,9 +64,9 @@ class Gptq:
 
 
 def input_power(stats: LayerStats, shape: tuple[int, ...]) -> Tensor:
-    """The mean square of the input behind each entry, (rows, cols)."""
-    power = stats.gram.diagonal(dim1=1, dim2=2)
-    return power.repeat_interleave(shape[0] // stats.blocks, dim=0)
+    """The mean square of the input behind each entry, times how often its row is used, (rows, cols)."""
+    power = stats.gram.diagonal(dim1=1, dim2=2).repeat_interleave(shape[0] // stats.blocks, dim=0)
+    return power if stats.row_share is None else power * stats.row_share[:, None]
 
 
 def quantize(

@@ -64,7 +64,7 @@ class Obq:
         better = row_errors(w, hessian, points, first, keep) <= row_errors(w, hessian, points, second, keep)
         codes = torch.where(better[:, None], first, second)
         for _ in range(ROUNDS):
-            points, codes = _refitted(w, hessian, points, codes, keep)
+            points, codes = _refitted(w, hessian, points, codes, keep, seen.row_share)
         status = status_of(stats) if damp == self.damp or status_of(stats) != Status.SOLVED else Status.DAMPED
         grid = points.grid(codes)
         return Solution.of(grid if keep is None else Sparse(keep, grid), w, stats, status, {"damp": damp})
@@ -119,12 +119,16 @@ def row_errors(w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: 
     return ((blocks @ hessian) * blocks).sum(dim=2).reshape(-1)
 
 
-def _refitted(w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: Tensor | None) -> tuple[Points, Tensor]:
+def _refitted(
+    w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: Tensor | None, row_share: Tensor | None = None
+) -> tuple[Points, Tensor]:
     """Least-squares scales for the codes, then codes for the scales; rows that this made worse stay as they were.
 
     With s the scale of one group and c its codes less the zero point, the best change of s with all else fixed is
-    -(c H d) / (c H c). Groups are taken in turn; a scale for the whole matrix sums both over the rows.
+    -(c H d) / (c H c). Groups are taken in turn; a scale for the whole matrix sums both over the rows, as often as they
+    are used.
     """
+    used = torch.ones(w.shape[0], dtype=w.dtype) if row_share is None else row_share
     group = points.spec.columns(w.shape[1])
     _, zero = points.entries()
     c = codes - zero if keep is None else torch.where(keep, codes - zero, 0.0)
@@ -138,7 +142,7 @@ def _refitted(w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: T
         pulled = (own.reshape(blocks, -1, own.shape[1]) @ hessian).reshape(own.shape)
         rise, curve = (pulled * (entries * c - w)).sum(dim=1), (pulled * own).sum(dim=1)
         if group == 0:
-            rise, curve = rise.sum(), curve.sum()
+            rise, curve = used @ rise, used @ curve
         new = scale[:, g] - torch.where(curve > 0, rise / curve, 0.0)
         scale = scale.clone()
         scale[:, g] = torch.where(new > 0, new, scale[:, g])
@@ -148,7 +152,7 @@ def _refitted(w: Tensor, hessian: Tensor, points: Points, codes: Tensor, keep: T
     after = polish(w, hessian, fresh, codes, keep)
     old_error, new_error = row_errors(w, hessian, points, codes, keep), row_errors(w, hessian, fresh, after, keep)
     if group == 0:
-        return (fresh, after) if new_error.sum() < old_error.sum() else (points, codes)
+        return (fresh, after) if used @ new_error < used @ old_error else (points, codes)
     better = (new_error < old_error)[:, None]
     kept = Points(points.spec, points.shape, torch.where(better, stored, points.scale), points.zero)
     return kept, torch.where(better, after, codes)

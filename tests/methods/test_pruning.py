@@ -84,7 +84,7 @@ def test_the_support_lacks_the_first_removals_of_each_row():
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_obs_is_trace_heap_and_refit(blocks, sparsity):
     w, stats = problem(6, 10, seed=4, blocks=blocks)
-    weights_, keep, damp = Obs(sparsity).prune(w, stats)
+    weights_, keep, damp = Obs(sparsity, damp=0.01).prune(w, stats)
     assert damp == 0.01
     hessian = damped(stats.gram, 0.01)
     traces = [oracle.prune_row(w[r].numpy(), h.numpy(), 10) for r, h in row_hessians(w, hessian)]
@@ -148,7 +148,7 @@ def test_rows_that_are_seldom_used_are_pruned_first():
     w, stats = problem(4, 6, seed=5)
     share = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
     seldom = LayerStats(stats.gram, stats.mean, stats.samples, share)
-    _, keep, _ = Obs(0.5).prune(w, seldom)
+    _, keep, _ = Obs(0.5, damp=0.01).prune(w, seldom)
     assert not keep[3].any()
     traces = [oracle.prune_row(w[r].numpy(), h.numpy(), 6) for r, h in row_hessians(w, damped(stats.gram, 0.01))]
     weighted = [[float(s) * x for x in losses] for s, (_, losses, _) in zip(share, traces, strict=True)]
@@ -204,6 +204,12 @@ def test_obs_with_obq_beats_magnitude_with_gptq():
         assert ours.error < plain.error < simple.error
         assert ours.weight.bits() == plain.weight.bits() == simple.weight.bits()
         assert ours.weight.bits() < 8 * Rtn(GridSpec(3)).storage((16, 40))
+
+
+@pytest.mark.parametrize("damps", [(0.05, 0.01), (0.01, 0.05)])
+def test_the_larger_damping_is_recorded(damps):
+    method = PruneQuantize(Obs(0.5, damp=damps[0]), Gptq(GridSpec(4), damp=damps[1]))
+    assert method.solve(*problem(4, 8)).info == {"damp": 0.05}
 
 
 @pytest.mark.parametrize(
