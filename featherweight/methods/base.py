@@ -84,11 +84,13 @@ def usable(stats: LayerStats) -> LayerStats:
     return LayerStats.white(stats.gram.shape[1], stats.blocks)
 
 
-def status_of(stats: LayerStats) -> Status:
-    """The status of a layer whose solve needed nothing special."""
+def status_of(stats: LayerStats, damped: bool = False) -> Status:
+    """The status of a solved layer. damped: whether it took more damping than asked for."""
     if not stats.finite:
         return Status.NONFINITE
-    return Status.SOLVED if stats.reached else Status.UNREACHED
+    if not stats.reached:
+        return Status.UNREACHED
+    return Status.DAMPED if damped else Status.SOLVED
 
 
 def blocks_of(w: Tensor, stats: LayerStats) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from featherweight._linalg import damped_cholesky, inverse_factor
 from featherweight.errors import require
 from featherweight.methods._kernels import feedback_rows
-from featherweight.methods.base import Solution, Status, status_of, usable
+from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.grids import SEARCH, GridSpec, Points, choose
 from featherweight.stats import LayerStats
 from featherweight.weights import Sparse
@@ -51,7 +51,7 @@ class Gptq:
         seen = usable(stats)
         points = choose(start.double(), self.grid, input_power(seen, w.shape), keep)
         codes, damp = quantize(start, seen.gram, points, self.damp, self.act_order, keep)
-        status = status_of(stats) if damp == self.damp or status_of(stats) != Status.SOLVED else Status.DAMPED
+        status = status_of(stats, damp > self.damp)
         grid = points.grid(codes)
         return Solution.of(grid if keep is None else Sparse(keep, grid), w, stats, status, {"damp": damp})
 

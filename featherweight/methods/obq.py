@@ -24,7 +24,7 @@ from featherweight._linalg import damped_cholesky
 from featherweight.errors import require
 from featherweight.methods import gptq
 from featherweight.methods._kernels import polish_rows, quantize_kept_rows, quantize_rows
-from featherweight.methods.base import Solution, Status, status_of, usable
+from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.grids import GridSpec, Points, choose
 from featherweight.stats import LayerStats
 from featherweight.weights import Sparse
@@ -58,14 +58,14 @@ class Obq:
         w, start = w.double(), start.double()
         points = choose(start, self.grid, gptq.input_power(seen, w.shape), keep)
         hessian, _, damp = damped_cholesky(seen.gram, self.damp)
-        by_power, _ = gptq.quantize(start, seen.gram, points, self.damp, True, keep)
+        by_power, _ = gptq.quantize(start, hessian, points, 0.0, True, keep)
         first = polish(w, hessian, points, greedy(start, hessian, points, keep), keep)
         second = polish(w, hessian, points, by_power, keep)
         better = row_errors(w, hessian, points, first, keep) <= row_errors(w, hessian, points, second, keep)
         codes = torch.where(better[:, None], first, second)
         for _ in range(ROUNDS):
             points, codes = _refitted(w, hessian, points, codes, keep, seen.row_share)
-        status = status_of(stats) if damp == self.damp or status_of(stats) != Status.SOLVED else Status.DAMPED
+        status = status_of(stats, damp > self.damp)
         grid = points.grid(codes)
         return Solution.of(grid if keep is None else Sparse(keep, grid), w, stats, status, {"damp": damp})
 

@@ -9,7 +9,6 @@ removals over all rows are taken, never skipping within a row, until the sparsit
 is shared by the rows (see _kernels.py); (4) damping is relative and recorded.
 """
 
-import heapq
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, final
@@ -120,7 +119,7 @@ class Obs:
 
     def solve(self, w: Tensor, stats: LayerStats) -> Solution:
         weights, keep, damp = self.prune(w, stats)
-        status = status_of(stats) if damp == self.damp or status_of(stats) != Status.SOLVED else Status.DAMPED
+        status = status_of(stats, damp > self.damp)
         return Solution.of(_stored(weights, keep), w, stats, status, {"damp": damp})
 
     def storage(self, shape: tuple[int, int]) -> int:
@@ -168,17 +167,9 @@ def removals(w: Tensor, sparsity: float) -> int:
 def global_step(losses: Tensor, count: int) -> Tensor:
     """Removals per row, (rows,), when the `count` cheapest next steps are taken over all rows (losses: (rows, steps)
     in the order of each row)."""
-    rows, steps = losses.shape
-    table = losses.tolist()
-    removed = [0] * rows
-    heap = [(table[r][0], r) for r in range(rows)] if steps else []
-    heapq.heapify(heap)
-    for _ in range(count):
-        _, r = heapq.heappop(heap)
-        removed[r] += 1
-        if removed[r] < steps:
-            heapq.heappush(heap, (table[r][removed[r]], r))
-    return torch.tensor(removed)
+    # A row's step is taken when all before it are: when the largest loss up to it is among the smallest.
+    cheapest = losses.cummax(dim=1).values.reshape(-1).argsort(stable=True)[:count]
+    return torch.bincount(cheapest // max(losses.shape[1], 1), minlength=losses.shape[0])
 
 
 def support(order: Tensor, removed: Tensor) -> Tensor:
