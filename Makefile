@@ -28,5 +28,6 @@ format: setup
 	$(RUN)ruff check --fix .
 	$(RUN)ruff format .
 
-bench: setup ## the table of README.md, on the networks of ../shared
+bench: setup ## the tables of README.md, on the networks of ../shared
+	$(RUN)python -m bench.layers
 	$(RUN)python -m bench.networks

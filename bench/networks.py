@@ -24,13 +24,10 @@ NETWORKS = {  # network: (calibration data, test data, settings)
         "cifar10_calibration",
         "cifar10_test",
         [
-            "--method rtn --bits 4",
             "--method obq --bits 4",
-            "--method gptq --bits 4",
             "--method obq --bits 3",
             "--method gptq --bits 3",
             "--method obq --bits 2",
-            "--method gptq --bits 2",
             "--method obs --sparsity 0.5",
             "--method obs --sparsity 0.7",
             "--method obs --sparsity 0.5 --bits 4",
@@ -41,7 +38,7 @@ NETWORKS = {  # network: (calibration data, test data, settings)
     "efficientnet_lite0": (
         "imagenet_calibration",
         "imagenet_val",
-        ["--method gptq --bits 8", "--method gptq --bits 4", "--method gptq --bits 3", "--method obq --bits 3"],
+        ["--method gptq --bits 8", "--method obq --bits 4", "--method obq --bits 3"],
     ),
 }
 
@@ -96,18 +93,18 @@ def main() -> None:
     chosen = options.only or list(NETWORKS)
     kept = json.loads(store.read_text())["lines"] if store.exists() else []
     lines = [x for x in kept if x["network"] not in chosen]
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    )
     for network in chosen:
         calibration, test, every = NETWORKS[network]
         with tempfile.TemporaryDirectory() as folder:
             for settings in every:
                 lines.append(measure(options.zoo, network, calibration, test, settings, Path(folder) / "small.fw"))
                 print(table(lines[-1:]).splitlines()[-1], flush=True)
-    lines.sort(key=lambda x: list(NETWORKS).index(x["network"]))
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    store.write_text(json.dumps({"machine": machine, "lines": lines}, indent=1) + "\n")
-    (RESULTS / "networks.md").write_text(table(lines))
+                lines.sort(key=lambda x: list(NETWORKS).index(x["network"]))
+                store.write_text(json.dumps({"machine": machine, "lines": lines}, indent=1) + "\n")
+                (RESULTS / "networks.md").write_text(table(lines))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """The `featherweight` command. Each command parses, calls the library and prints; errors are one line and a code:
 1 a file or a layer is bad, 2 the request is wrong, 3 the target cannot be reached."""
 
+import copy
 import json
+import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -22,7 +26,7 @@ from featherweight.artifact import fill, read
 from featherweight.data import batches
 from featherweight.errors import FeatherweightError, FormatError, UsageError
 from featherweight.metrics import accuracy
-from featherweight.pipeline import Plan, compress, plan
+from featherweight.pipeline import Plan, compress, plan, settle
 from featherweight.recipe import Recipe, method_of, read_recipe
 from featherweight.report import left_alone_table, rows_of, summary, weights_table
 from featherweight.userland import call, find, make_model
@@ -79,24 +83,35 @@ def compress_command(
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
     if metric and not test:
         raise UsageError("--metric needs the data to measure on: --test file.py:function")
-    if not output.parent.is_dir():
-        raise UsageError(f"the folder {output.parent} does not exist")
+    _check_output(output, weights)
     chosen = _recipe(method, bits, sparsity, group, symmetric, target, recipe, include, exclude, no_repair)
-    network = make_model(model, weights)
-    calibration = call(data) if data else None
-    before = _measure(network, test, metric, batch_size)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
-    with _bars() as progress:
-        small = compress(
-            network, calibration, recipe=chosen, target=target, batch_size=batch_size, about=about, progress=progress
-        )
-        size = small.save(output)
-        progress("read back", 0, 1)
-        proof = _prove(output, small.artifact.digest(), model, weights, test, metric, batch_size)
-        progress("read back", 1, 1)
+    unproved = output.with_name(f".{output.name}.unproved")
+    try:
+        with _bars() as progress, redirect_stdout(sys.stderr):  # whatever the user's code prints is not our output
+            network = make_model(model, weights)
+            settle(network, chosen, target)
+            calibration = call(data) if data else None
+            before = _measure(network, test, metric, batch_size)
+            small = compress(
+                network,
+                calibration,
+                recipe=chosen,
+                target=target,
+                batch_size=batch_size,
+                about=about,
+                progress=progress,
+            )
+            size = small.save(unproved)
+            progress("read back", 0, 1)
+            proof = _prove(unproved, small.artifact.digest(), model, weights, test, metric, batch_size)
+            os.replace(unproved, output)
+            progress("read back", 1, 1)
+    finally:
+        unproved.unlink(missing_ok=True)
     report = replace(small.report, file_bytes=size, before=before, after=proof["metrics"])
     if as_json:
-        _print_json(report.to_dict() | {"file": str(output), "digest": proof["digest"]} | proof["metrics"])
+        _print_json(proof["metrics"] | report.to_dict() | {"file": str(output), "digest": proof["digest"]})
         return
     out.print(weights_table(report.rows, size), "")
     out.print(left_alone_table(report.left_alone), "")
@@ -150,10 +165,10 @@ def evaluate_command(
     measured = _measure(network, data, metric, batch_size)
     result = {"file": str(file), "bytes": file.stat().st_size, "digest": artifact.digest()}
     if as_json:
-        _print_json(result | {"metrics": measured} | measured)
+        _print_json(measured | result | {"metrics": measured})
         return
     for name, value in measured.items():
-        out.print(f"{name} {value:.2f}")
+        out.print(f"{escape(name)} {value:.2f}")
     out.print(f"{result['bytes']:,} bytes", style="dim")
 
 
@@ -186,6 +201,18 @@ def demo_command(as_json: Json = False) -> None:
         _print_json([asdict(row) for row in rows])
         return
     out.print(demo_table(rows))
+
+
+def _check_output(output: Path, weights: Path | None) -> None:
+    """Refuse a place that cannot be written, or that holds what we read, before any work."""
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder {output.parent} does not exist")
+    if output.exists() and not output.is_file():
+        raise UsageError(f"{output} is not a file that can be replaced")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"the folder {output.parent} cannot be written")
+    if weights is not None and output.exists() and weights.exists() and output.samefile(weights):
+        raise UsageError(f"{output} is the file with the weights; choose another name for the output")
 
 
 def _recipe(
@@ -225,10 +252,11 @@ def _measure(network: nn.Module, data: str | None, metric: str | None, batch_siz
         return accuracy(network, batches(loaded, batch_size))
     function = find(metric)
     try:
-        value = function(network, loaded)
+        with torch.no_grad(), redirect_stdout(sys.stderr):
+            value = function(copy.deepcopy(network), loaded)  # it may leave it in training mode
         named = value if isinstance(value, dict) else {function.__name__: value}
         return {str(name): float(number) for name, number in named.items()}
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UsageError(f"{metric} failed: {type(error).__name__}: {error}") from error
 
 
@@ -236,9 +264,9 @@ def _prove(
     file: Path, digest: str, model: str, weights: Path | None, test: str | None, metric: str | None, batch_size: int
 ) -> dict[str, Any]:
     """Read the file back in a fresh process; its digest must be ours. With test data, also measure there."""
-    command = [sys.executable, "-m", "featherweight", "inspect", str(file), "--json"]
+    command = [sys.executable, "-P", "-m", "featherweight", "inspect", str(file), "--json"]
     if test is not None:
-        command[3:5] = ["evaluate", str(file), "--model", model, "--data", test, "--batch-size", str(batch_size)]
+        command[4:6] = ["evaluate", str(file), "--model", model, "--data", test, "--batch-size", str(batch_size)]
         command += ["--metric", metric] if metric else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -263,7 +291,17 @@ def _plan_table(found: Plan) -> Table:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))
+    def plain(item: Any) -> Any:  # JSON has no NaN
+        match item:
+            case float():
+                return item if math.isfinite(item) else None
+            case dict():
+                return {k: plain(v) for k, v in item.items()}
+            case list() | tuple():
+                return [plain(v) for v in item]
+        return item
+
+    typer.echo(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
 @contextmanager
@@ -286,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         app(args=sys.argv[1:] if argv is None else argv, prog_name="featherweight")
     except SystemExit as done:  # how typer ends, also after a wrong option
-        return done.code if isinstance(done.code, int) else 0
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
     except FeatherweightError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return error.exit_code

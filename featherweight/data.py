@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from featherweight.errors import UsageError
+from featherweight.errors import FeatherweightError, UsageError
 
 
 @final
@@ -36,7 +36,19 @@ class Batch:
         return Batch(_move(self.args, device), _move(self.kwargs, device), _move(self.target, device))
 
     def run(self, model: nn.Module) -> Any:
-        return model(*self.args, **self.kwargs)
+        """The network's output.
+
+        Raises:
+            UsageError: the network fails on the batch, whatever it raises.
+        """
+        try:
+            return model(*self.args, **self.kwargs)
+        except FeatherweightError:
+            raise
+        except Exception as error:  # the user's network may raise anything
+            shapes = ", ".join(_describe(v) for v in chain(self.args, self.kwargs.values()))
+            what = f"{type(error).__name__}: {error}"
+            raise UsageError(f"the network does not accept the data ({shapes}): {what}") from error
 
 
 def batches(data: Any, batch_size: int = 128) -> list[Batch]:
@@ -57,14 +69,24 @@ def batches(data: Any, batch_size: int = 128) -> list[Batch]:
             raise UsageError(f"tensors of one data set must be equally long, got {[len(t) for t in data]}")
         found = [_batch(item) for item in DataLoader(TensorDataset(*data), batch_size=batch_size)]
     elif isinstance(data, Dataset):
-        found = [_batch(item) for item in DataLoader(data, batch_size=batch_size)]
+        found = _all(DataLoader(data, batch_size=batch_size))
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
-        found = [_batch(item) for item in data]
+        found = _all(data)
     else:
         raise UsageError(f"data must be a tensor, a Dataset or an iterable of batches, got {type(data).__name__}")
     if not found or sum(b.size for b in found) == 0:
         raise UsageError("the data hold no sample; give at least one batch (about 1,000 samples work well)")
     return found
+
+
+def _all(source: Iterable[Any]) -> list[Batch]:
+    try:
+        return [_batch(item) for item in source]
+    except FeatherweightError:
+        raise
+    except Exception as error:  # the user's data may raise anything
+        hint = "; samples of different shapes need a DataLoader with a collate_fn" * isinstance(source, DataLoader)
+        raise UsageError(f"reading the data failed: {type(error).__name__}: {error}{hint}") from error
 
 
 def _batch(item: Any) -> Batch:
@@ -98,18 +120,14 @@ def _move(value: Any, device: torch.device) -> Any:
     return value
 
 
+@torch.no_grad()
 def check(model: nn.Module, batch: Batch) -> None:
     """Run one batch, so that data that do not fit are refused before the first expensive step.
 
     Raises:
         UsageError: the network fails on the batch.
     """
-    try:
-        with torch.no_grad():
-            batch.to(device_of(model)).run(model)
-    except Exception as error:  # the user's network may raise anything
-        shapes = ", ".join(_describe(v) for v in chain(batch.args, batch.kwargs.values()))
-        raise UsageError(f"the network does not accept the data ({shapes}): {type(error).__name__}: {error}") from error
+    batch.to(device_of(model)).run(model)
 
 
 def _describe(value: Any) -> str:

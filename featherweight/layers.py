@@ -109,6 +109,7 @@ def scan(model: nn.Module, include: tuple[str, ...] = (), exclude: tuple[str, ..
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
     found: dict[int, Unit] = {}
+    torn: set[int] = set()
     for _, module in model.named_modules():
         for parameter, kind, groups in _weights_of(module):
             if id(parameter) in names_of and _refusal(parameter) is None:
@@ -117,6 +118,10 @@ def scan(model: nn.Module, include: tuple[str, ...] = (), exclude: tuple[str, ..
                 known = found.setdefault(id(parameter), unit)
                 if known.kind == "embedding" and kind == "linear":  # tied: the projection's inputs decide the metric
                     found[id(parameter)] = unit
+                elif (known.view, known.groups) != (unit.view, unit.groups):
+                    torn.add(id(parameter))
+    for key in torn:
+        del found[key]
     units = [found[key] for key in names_of if key in found]
     if not units:
         raise UsageError(f"{type(model).__name__} has no weight that featherweight can compress")
@@ -205,7 +210,7 @@ def _others(
             if found[key].names not in kept:
                 yield names, parameter, "excluded by the recipe"
         elif key in known or isinstance(parameter, UninitializedParameter):
-            yield names, parameter, _refusal(parameter) or "unknown"
+            yield names, parameter, _refusal(parameter) or "shared by layers that use it in different ways"
         elif ".parametrizations." in f".{names[0]}" or _REPLACED.fullmatch(names[0]):
             yield names, parameter, "parametrized weight: make it plain first (remove_parametrizations)"
         elif parameter.ndim < 2:

@@ -41,7 +41,7 @@ def _quiet(stage: str, done: int, total: int) -> None:
 @final
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """What would be done with one weight. bytes: its payload, known exactly before solving. seconds: an estimate."""
+    """What would be done with one weight. bytes: its payload, exact unless its scales need fp32. seconds: a guess."""
 
     name: str
     shape: tuple[int, ...]
@@ -108,42 +108,36 @@ def compress(
     """
     if method is not None and (recipe is not None or target is not None):
         raise UsageError("a recipe or a target chooses the methods itself; give no method beside it")
-    recipe = recipe or Recipe(method or Obq(GridSpec(4)))
     net = _copy(model)
-    found = scan(net, recipe.include, recipe.exclude)
-    if target is not None:
-        recipe = uniform(net, found, target, recipe)
-    methods = assign(recipe, found)
+    found, recipe, methods = settle(net, recipe or Recipe(method or Obq(GridSpec(4))), target)
     base = baselines(net, found.units)
+    predicted = predicted_bytes(net, found, methods)
+    original = _tensors(net)
     samples = _samples(net, data, methods, batch_size)
-    before = _metrics(evaluate, net)
+    before = _metrics(evaluate, copy.deepcopy(net))
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         with _timed(seconds, "capture"):
             stats = _captured(net, samples, found.units, Path(folder), progress)
-        with _timed(seconds, "solve"):
-            solutions = {}
-            for i, unit in enumerate(found.units):
-                progress("solve", i, len(found.units))
-                solutions[unit.name] = _solved(net, unit, methods[unit.name], stats[unit.name])
-            progress("solve", len(found.units), len(found.units))
-    with _timed(seconds, "repair"):
-        small = assembled(net, found, solutions)
-        outcome = Repair("none", False, None, None, 0, 0, "switched off or no data")
-        if recipe.repair and samples:
-            progress("repair", 0, 1)
-            outcome = repair(net, small, samples, found.units)
-            progress("repair", 1, 1)
-    facts = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8, "repaired": outcome.applied}
-    artifact, rest = packed(small, found, methods, solutions, (about or {}) | facts)
-    data_read_back = to_bytes(artifact)
-    if target is not None and len(data_read_back) > target_bytes(target, base.fp32):
-        raise InfeasibleError(f"the file came to {len(data_read_back):,} bytes, over the target {target}: a size "
-                              f"prediction was wrong; ask for {len(data_read_back):,}B or more")  # fmt: skip
-    after = _metrics(evaluate, fill(small, from_bytes(data_read_back))) if evaluate else {}
-    report = Report(
-        rows_of(artifact), found.left_alone, base, len(data_read_back), outcome, rest, seconds, before, after
-    )
+            net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
+        while True:
+            with _timed(seconds, "solve"):
+                solutions = _solved(net, found, methods, stats, progress)
+            with _timed(seconds, "repair"):
+                small, outcome = _repaired(net, found, solutions, samples if recipe.repair else [], progress)
+                net.load_state_dict(original, strict=False)
+            facts = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
+            artifact, rest = packed(small, found, methods, solutions, (about or {}) | facts)
+            data_read_back = to_bytes(artifact)
+            size = len(data_read_back)
+            if target is None or size <= target_bytes(target, base.fp32):
+                break  # else: notes or fp32 scales came on top of the prediction; once more, with fewer bits
+            _, recipe, methods = settle(net, recipe, target_bytes(target, base.fp32) - (size - predicted))
+            predicted = predicted_bytes(net, found, methods)
+    after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
+    damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
+    rows = rows_of(artifact)
+    report = Report(rows, found.left_alone, base, size, outcome, rest, damping, seconds, before, after)
     return Compressed(artifact, report)
 
 
@@ -159,12 +153,9 @@ def plan(
 
     At most one batch of the data is run. Raises what `compress` raises before its first expensive step.
     """
-    recipe = recipe or Recipe(Obq(GridSpec(4)))
     net = _copy(model)
-    found = scan(net, recipe.include, recipe.exclude)
-    if target is not None:
-        recipe = uniform(net, found, target, recipe)
-    methods = assign(recipe, found)
+    found, recipe, methods = settle(net, recipe or Recipe(Obq(GridSpec(4))), target)
+    size = predicted_bytes(net, found, methods)
     samples = _samples(net, data, methods, batch_size)
     capturing = 0.0
     if samples:
@@ -179,30 +170,34 @@ def plan(
         stored = method.storage(shape)
         rows.append(PlanRow(unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds))
     total = capturing + sum(r.seconds for r in rows)
-    size = predicted_bytes(net, found, methods)
     return Plan(tuple(rows), found.left_alone, baselines(net, found.units), size, capturing, total)
 
 
-def uniform(net: nn.Module, found: Scan, target: str | int, recipe: Recipe) -> Recipe:
-    """The recipe with the most bits, the same for every weight, whose file fits the target.
+def settle(net: nn.Module, recipe: Recipe, target: str | int | None) -> tuple[Scan, Recipe, dict[str, Method]]:
+    """What is compressed and how. With a target, the recipe's method is the most bits, the same for every weight, whose
+    predicted file fits.
 
     Raises:
+        UsageError: a pattern matches nothing, or the target is no size.
         InfeasibleError: one bit is too much.
     """
-    limit = target_bytes(target, baselines(net, found.units).fp32)
-    size = 0
+    found = scan(net, recipe.include, recipe.exclude)
+    if target is None:
+        return found, recipe, assign(recipe, found)
+    limit, size = target_bytes(target, baselines(net, found.units).fp32), 0
     for bits in range(8, 0, -1):
         chosen = replace(recipe, method=Obq(GridSpec(bits)))
-        size = predicted_bytes(net, found, assign(chosen, found))
+        methods = assign(chosen, found)
+        size = predicted_bytes(net, found, methods)
         if size <= limit:
-            return chosen
+            return found, chosen, methods
     raise InfeasibleError(f"the target {target} is {limit:,} bytes; the smallest reachable file has {size:,} bytes")
 
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model).eval().requires_grad_(False)
-    except Exception as error:  # whatever the user's module raises
+    except Exception as error:  # the user's module may raise anything
         raise UsageError(f"the network cannot be copied ({type(error).__name__}: {error})") from error
 
 
@@ -234,15 +229,44 @@ def _captured(
     return capture(net, samples, units, spill=folder if size > SPILL else None, on_batch=on_batch)
 
 
-def _solved(net: nn.Module, unit: Unit, method: Method, stats: LayerStats) -> Solution:
-    parameter = net.get_parameter(unit.name)
-    try:
-        solution = method.solve(unit.view.matrix(parameter.detach().cpu()), stats)
-    except SolveError as error:
-        raise SolveError(f"{unit.name}: {error}") from error
-    if solution.status == Status.UNREACHED and isinstance(method, Rtn | Magnitude):
-        return replace(solution, status=Status.SOLVED)  # these do not look at the inputs
-    return solution
+def _solved(
+    net: nn.Module, found: Scan, methods: dict[str, Method], stats: dict[str, LayerStats], progress: Progress
+) -> dict[str, Solution]:
+    solutions = {}
+    for i, unit in enumerate(found.units):
+        progress("solve", i, len(found.units))
+        method, parameter = methods[unit.name], net.get_parameter(unit.name)
+        try:
+            solution = method.solve(unit.view.matrix(parameter.detach().cpu()), stats[unit.name])
+        except SolveError as error:
+            raise SolveError(f"{unit.name}: {error}") from error
+        if solution.status == Status.UNREACHED and isinstance(method, Rtn | Magnitude):
+            solution = replace(solution, status=Status.SOLVED)  # these do not look at the inputs
+        solutions[unit.name] = solution
+    progress("solve", len(found.units), len(found.units))
+    return solutions
+
+
+def _repaired(
+    net: nn.Module, found: Scan, solutions: dict[str, Solution], samples: list[Batch], progress: Progress
+) -> tuple[nn.Module, Repair]:
+    """The assembled network, corrected where there are samples, its other buffers as they were."""
+    small = assembled(net, found, solutions)
+    if not samples:
+        return small, Repair("none", False, None, None, 0, 0, "switched off or no data")
+    norms = {n for n, m in small.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    before = {n: t for n, t in _tensors(small).items() if n.rpartition(".")[0] not in norms}
+    buffers = {n: before[n] for n, _ in small.named_buffers() if n in before}
+    progress("repair", 0, 1)
+    outcome = repair(net, small, samples, found.units)
+    small.load_state_dict(buffers, strict=False)
+    progress("repair", 1, 1)
+    return small, outcome
+
+
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and persistent buffer."""
+    return {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
 
 
 @torch.no_grad()
@@ -254,6 +278,7 @@ def assembled(net: nn.Module, found: Scan, solutions: dict[str, Solution]) -> nn
     return small
 
 
+@torch.no_grad()
 def packed(
     small: nn.Module, found: Scan, methods: dict[str, Method], solutions: dict[str, Solution], about: dict[str, Any]
 ) -> tuple[Artifact, dict[str, float]]:
@@ -276,7 +301,9 @@ def packed(
 
     def stored(*tensors: Tensor) -> list[Tensor]:
         dtype = torch.float16 if all(float_type(t) == torch.float16 for t in tensors) else torch.float32
-        facts["fp16" if dtype == torch.float16 else "fp32"] += sum(t.numel() for t in tensors)
+        if any((torch.isfinite(t) & ~torch.isfinite(t.float())).any() for t in tensors):
+            dtype = torch.float64  # beyond the range of fp32
+        facts[{torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, "other")] += sum(t.numel() for t in tensors)
         for t in tensors:
             if dtype == torch.float16 and t.numel() and (top := float(t.double().abs().max())) > 0:
                 facts["fp16_error"] = max(
@@ -318,7 +345,7 @@ def _foldable(small: nn.Module) -> list[tuple[str, Any]]:
         for name, module in small.named_modules()
         if is_foldable(module)
         and len(names[id(module)]) == 1
-        and all(uses[id(t)] == 1 for t in (module.weight, module.bias, module.running_mean, module.running_var))
+        and all(uses.get(id(t)) == 1 for t in (module.weight, module.bias, module.running_mean, module.running_var))
     ]
 
 
@@ -359,4 +386,4 @@ def _metrics(evaluate: Callable[[nn.Module], float | dict[str, float]] | None, m
 def _timed(seconds: dict[str, float], stage: str) -> Any:
     start = time.perf_counter()
     yield
-    seconds[stage] = round(time.perf_counter() - start, 2)
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 2)

@@ -59,7 +59,6 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     damp: dict[str, Any] = {"damp": _number(given.pop("damp"), "damp")} if "damp" in given else {}
     if name in ("rtn", "magnitude") and damp:
         raise UsageError(f"method '{name}' has no setting 'damp'")
-    quantizer = given.pop("quantizer", "obq")
     grid = _grid(given, needed=name in QUANTIZERS, method=name)
     if name in QUANTIZERS:
         _nothing_left(given, name)
@@ -68,6 +67,7 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     if "sparsity" not in given:
         raise UsageError(f"method '{name}' needs a sparsity, for example --sparsity 0.5")
     pruner = PRUNERS[name](_number(given.pop("sparsity"), "sparsity"), **damp)
+    quantizer = given.pop("quantizer", "obq") if grid is not None else None
     _nothing_left(given, name)
     if grid is None:
         return pruner

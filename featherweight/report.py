@@ -35,7 +35,8 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Report:
     """The result of `compress`. file_bytes: the whole file. before, after: the metrics of the dense network and of
-    the network read back, where one was given. rest: how the other tensors are stored. seconds: by stage."""
+    the network read back, where one was given. rest: how the other tensors are stored. damping: what each
+    layer's Hessian took, relative to its mean diagonal. seconds: by stage."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -43,6 +44,7 @@ class Report:
     file_bytes: int
     repair: Repair
     rest: dict[str, float]
+    damping: dict[str, float]
     seconds: dict[str, float]
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
@@ -134,14 +136,14 @@ def summary(report: Report, where: str) -> Group:
     sizes.add_column("smaller", justify="right")
     metrics = list(report.before)
     for name in metrics:
-        sizes.add_column(name, justify="right")
+        sizes.add_column(escape(name), justify="right")
     base = report.baselines
     blank = [""] * len(metrics)
     sizes.add_row("fp32", f"{base.fp32:,}", "1.0x", *(f"{report.before[m]:.2f}" for m in metrics))
     sizes.add_row("half", f"{base.half:,}", f"{base.fp32 / base.half:.1f}x", *blank, style="dim")
     sizes.add_row("plain int8", f"{base.int8:,}", f"{base.fp32 / base.int8:.1f}x", *blank, style="dim")
     after = [f"{report.after[m]:.2f}" if m in report.after else "" for m in metrics]
-    sizes.add_row(where, f"{report.file_bytes:,}", f"{report.ratio:.1f}x", *after, style="bold")
+    sizes.add_row(escape(where), f"{report.file_bytes:,}", f"{report.ratio:.1f}x", *after, style="bold")
     notes = [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     return Group(*notes, Text(repair_line(report.repair)), Text(times, style="dim"), Text(), sizes)

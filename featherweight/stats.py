@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import final
 
@@ -11,6 +12,12 @@ from torch import Tensor, nn
 from featherweight.calls import Calls, Inputs, eager
 from featherweight.data import Batch, device_of
 from featherweight.layers import Unit
+
+
+@lru_cache(maxsize=8)
+def _identity(cols: int) -> Tensor:
+    """Shared by all layers of a width: it is never written to."""
+    return torch.eye(cols, dtype=torch.float64)
 
 
 @final
@@ -44,7 +51,7 @@ class LayerStats:
     @classmethod
     def white(cls, cols: int, blocks: int = 1) -> "LayerStats":
         """Uncorrelated inputs of unit power: what is assumed where there are no data."""
-        eye = torch.eye(cols, dtype=torch.float64).expand(blocks, cols, cols)
+        eye = _identity(cols).expand(blocks, cols, cols)
         return cls(eye, torch.zeros(blocks, cols, dtype=torch.float64), torch.zeros(blocks, dtype=torch.int64))
 
 
@@ -83,7 +90,7 @@ class _Sums:
         x = x if x.dtype == torch.float64 else x.float()
         second = (x[0] @ x[0].T).unsqueeze(0) if x.shape[0] == 1 else x @ x.mT
         self.gram[blocks] += second.cpu()
-        self.total[blocks] += x.sum(dim=2).double().cpu()
+        self.total[blocks] += x.sum(dim=2).cpu().double()
         self.samples[blocks] += x.shape[2]
 
     def add_rows(self, indices: Tensor) -> None:

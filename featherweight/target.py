@@ -43,7 +43,7 @@ def target_bytes(target: str | int, fp32: int) -> int:
     Raises:
         UsageError: another form, or zero.
     """
-    match = _FORM.fullmatch(f"{target}B" if isinstance(target, int) else target)
+    match = _FORM.fullmatch(f"{target}B" if isinstance(target, int) else str(target))
     if match is None:
         raise UsageError(
             f"a target is a size such as 100kB, a ratio such as 10x or a share such as 12%, got {target!r}"

@@ -29,7 +29,7 @@ def find(spec: str) -> Callable[..., Any]:
         module = _from_file(Path(place)) if place.endswith(".py") else _from_module(place)
     except UsageError:
         raise
-    except Exception as error:  # importing runs the user's code, which may raise anything
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
         raise UsageError(f"{place} does not import: {type(error).__name__}: {error}") from error
     target = getattr(module, name, None)
     if not callable(target):
@@ -48,7 +48,7 @@ def call(spec: str) -> Any:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return function()
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UsageError(f"{spec} failed: {type(error).__name__}: {error}") from error
 
 
@@ -63,12 +63,16 @@ def make_model(spec: str, weights: Path | None = None) -> nn.Module:
         raise UsageError(f"{spec} must return a torch.nn.Module, it returned {type(model).__name__}")
     if weights is not None:
         try:
-            wrong = model.load_state_dict(load_file(weights), strict=False)
+            loaded = load_file(weights)
+            wrong = model.load_state_dict(loaded, strict=False)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UsageError(f"{weights} does not load into {spec}: {error}") from error
-        if wrong.missing_keys or wrong.unexpected_keys:
-            missing, unknown = wrong.missing_keys[:3], wrong.unexpected_keys[:3]
-            raise UsageError(f"{weights} does not fit {spec}: missing {missing}, unexpected {unknown}")
+        own = model.state_dict(keep_vars=True)
+        filled = {id(own[n]) for n in loaded if n in own}  # a tied tensor may be stored under one of its names
+        missing = [n for n in wrong.missing_keys if id(own[n]) not in filled and not n.endswith(".num_batches_tracked")]
+        if missing or wrong.unexpected_keys:
+            unknown = wrong.unexpected_keys[:3]
+            raise UsageError(f"{weights} does not fit {spec}: missing {missing[:3]}, unexpected {unknown}")
     return model.eval()
 
 
@@ -85,21 +89,18 @@ def _from_file(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
+    if folder not in sys.path:  # it stays: functions of the file may import their neighbours when they are called
+        sys.path.insert(0, folder)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(folder)
     return module
 
 
 def _from_module(name: str) -> Any:
-    sys.path.insert(0, "")
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove("")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return importlib.import_module(name)

@@ -97,3 +97,13 @@ def failing_metric(model: nn.Module, data: TensorDataset) -> float:
 
 def unlabelled() -> torch.Tensor:
     return images().tensors[0]
+
+
+def quitting() -> nn.Module:
+    raise SystemExit("dataset missing")
+
+
+def chatty(model: nn.Module, data: TensorDataset) -> float:
+    print("accuracy is 91")
+    model.train()
+    return 1.0

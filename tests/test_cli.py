@@ -212,3 +212,35 @@ def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     assert all(word in out for word in ("compress", "plan", "evaluate", "inspect", "demo"))
+
+
+def test_output_over_the_weights_is_refused(tmp_path, run):
+    weights = tmp_path / "w.safetensors"
+    save_file({k: v.contiguous() + 0 for k, v in tiny().state_dict().items()}, weights)
+    before = weights.read_bytes()
+    code, _, err = run("compress", MAKE, "--weights", weights, "--data", DATA, "-o", weights)
+    assert code == 2
+    assert "file with the weights" in err
+    assert weights.read_bytes() == before
+
+
+def test_user_code_that_exits_or_prints(tmp_path, run):
+    code, _, err = run("compress", f"{NETS}:quitting", "--data", DATA, "-o", tmp_path / "s.fw")
+    assert code == 2
+    assert "dataset missing" in err
+    code, out, _ = run(
+        *("compress", MAKE, "--data", DATA, "--bits", 8, "--test", TEST, "--metric", f"{NETS}:chatty", "--json"),
+        *("-o", tmp_path / "s.fw"),
+    )
+    assert code == 0
+    assert json.loads(out)["after"] == {"chatty": 1.0}
+
+
+def test_a_file_that_cannot_be_proved_does_not_replace_a_good_one(small, run, monkeypatch):
+    before = small.read_bytes()
+    monkeypatch.setattr("featherweight.artifact.schema.Artifact.digest", lambda self: "0" * 32)
+    code, _, err = run("compress", MAKE, "--data", DATA, "--bits", 8, "-o", small)
+    assert code == 1
+    assert "decodes differently" in err
+    assert small.read_bytes() == before
+    assert [p.name for p in small.parent.iterdir()] == [small.name]

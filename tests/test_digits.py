@@ -1,13 +1,10 @@
 """The demo network and its images."""
 
-import sys
-
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from featherweight.demo import digits
-from featherweight.errors import UsageError
 
 
 def rows(data: TensorDataset) -> set[bytes]:
@@ -63,9 +60,3 @@ def test_split_is_stratified() -> None:
     share = held_out / (trained + held_out)
     assert share.min() > 0.295
     assert share.max() < 0.31
-
-
-def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UsageError, match=r"pip install \"featherweight\[demo\]\""):
-        digits.test()

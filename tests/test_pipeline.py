@@ -177,3 +177,81 @@ def test_the_public_names_are_few_and_real():
     assert sorted(fw.__all__) == list(fw.__all__)
     assert len(fw.__all__) < 40
     assert all(hasattr(fw, name) for name in fw.__all__)
+
+
+def test_a_metric_that_leaves_the_network_in_training_mode_changes_nothing():
+    plain = fw.compress(tiny(), images(), method=Gptq(GridSpec(4)))
+    careless = fw.compress(tiny(), images(), method=Gptq(GridSpec(4)), evaluate=lambda m: float(m.train().training))
+    assert careless.artifact.digest() == plain.artifact.digest()
+
+
+def test_a_buffer_that_counts_calls_is_stored_as_it_was(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+            self.register_buffer("calls", torch.tensor(5))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.fc(x)
+
+    small = fw.compress(Counting(), torch.rand(40, 6), method=Gptq(GridSpec(4)))
+    assert int(small.artifact.rest["calls"]) == 5
+
+
+def test_a_weight_shared_by_layers_that_use_it_differently_is_left_alone():
+    class Auto(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3)
+            self.up.weight = self.down.weight
+            self.head = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.head(self.up(self.down(x)))
+
+    report = fw.compress(Auto(), images().tensors[0], method=Gptq(GridSpec(4))).report
+    assert [r.name for r in report.rows] == ["head.weight"]
+    assert any("different ways" in x.reason for x in report.left_alone)
+
+
+def test_batchnorm_without_bias_and_outputs_without_numbers():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.bn = nn.Linear(6, 4), nn.BatchNorm1d(4)
+            self.bn.bias = None
+
+        def forward(self, x):
+            return self.bn(self.fc(x)).argmax(1)
+
+    small = fw.compress(Odd(), torch.rand(40, 6), method=Gptq(GridSpec(4)))
+    assert small.artifact.norms == ()
+    assert not small.report.repair.applied
+    assert "nothing to judge by" in small.report.repair.note
+
+
+def test_networks_that_cannot_be_stored_are_refused_before_the_work(monkeypatch):
+    model = tiny()
+    model.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+    monkeypatch.setattr("featherweight.pipeline.capture", lambda *a, **k: pytest.fail("the work had begun"))
+    with pytest.raises(UsageError, match="complex64"):
+        fw.compress(model, images(), method=Gptq(GridSpec(4)))
+
+
+def test_a_target_holds_even_where_the_prediction_was_low():
+    class Unreached(nn.Module):  # every weight that no sample reaches has a note in the file
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(32, 32)
+            self.spare = nn.ModuleList(nn.Linear(32, 32) for _ in range(20))
+
+        def forward(self, x):
+            return self.used(x)
+
+    torch.manual_seed(0)
+    model = Unreached()
+    limit = fw.plan(model, torch.rand(64, 32), target="4x").file_bytes
+    small = fw.compress(model, torch.rand(64, 32), target=limit)
+    assert small.report.file_bytes <= limit

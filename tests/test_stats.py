@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from featherweight.data import Batch, batches
+from featherweight.errors import UsageError
 from featherweight.layers import scan
 from featherweight.stats import LayerStats, capture, merge
 from tests.reference.moments import relative
@@ -87,7 +88,7 @@ def test_capture_leaves_the_network_as_it_was(model, data):
 
 
 def test_a_network_that_fails_leaves_no_mode_behind():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError):
         run(nn.Linear(4, 3), [Batch((torch.zeros(2, 5),), {})])
     assert torch.overrides._len_torch_function_stack() == 0
 

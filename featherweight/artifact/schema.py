@@ -103,7 +103,8 @@ def is_foldable(module: nn.Module) -> bool:
     """Whether the module is a BatchNorm that, in eval mode, is a fixed scale and shift."""
     return (
         isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.affine
+        and isinstance(module.weight, nn.Parameter)
+        and isinstance(module.bias, nn.Parameter)
         and module.running_mean is not None
         and module.running_var is not None
         and 0 <= module.eps < 1  # it is restored with the variance 1 - eps

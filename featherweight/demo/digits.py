@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from featherweight.errors import UsageError
-
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 CALIBRATION = 512  # images
 
@@ -74,11 +72,8 @@ def test() -> TensorDataset:
 def _subset(held_out: bool) -> TensorDataset:
     """Images (n, 1, 8, 8) float32 in 0..1 and labels int64, on one side of the split. Of every ten images of a digit,
     in the order of the set, the first, fifth and eighth are held out: the same for ever, no random numbers."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        message = 'the demo takes its images from scikit-learn, which is missing: pip install "featherweight[demo]"'
-        raise UsageError(message) from error
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
+
     pixels, targets = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().div(16).reshape(-1, 1, 8, 8)
     labels = torch.from_numpy(targets).long()

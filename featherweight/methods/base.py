@@ -91,8 +91,3 @@ def status_of(stats: LayerStats, damped: bool = False) -> Status:
     if not stats.reached:
         return Status.UNREACHED
     return Status.DAMPED if damped else Status.SOLVED
-
-
-def blocks_of(w: Tensor, stats: LayerStats) -> Tensor:
-    """(blocks, rows / blocks, cols), float64."""
-    return w.double().reshape(stats.blocks, -1, w.shape[1])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from featherweight.calls import Calls, Inputs, eager
 from featherweight.data import Batch, device_of
+from featherweight.errors import UsageError
 from featherweight.layers import Unit
 from featherweight.repair.distance import output_distance
 
@@ -55,24 +56,35 @@ def repair(dense: nn.Module, model: nn.Module, data: Sequence[Batch], units: Seq
     correcting, judging = split(data)
     if not judging:
         return Repair(
-            "none", False, None, None, 0, 0, "two samples or more are needed, one to correct and one to judge"
+            "none", False, None, None, 0, 0, "the data cannot be cut in two parts, one to correct and one to judge"
         )
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     before = output_distance(dense, model, judging)
     if math.isnan(before):
         return Repair("none", False, None, None, 0, 0, "outputs hold NaN or vary in shape: nothing to judge by")
-    stack, note = stacked(correcting, dense)
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    tracked = {n: m for n, m in norms.items() if m.running_mean is not None and not m.training}
+    tracked = {n: m for n, m in model.named_modules() if _is_tracked(m)}
     kind = "batchnorm" if tracked else "mean"
-    sites = _batchnorm(dense, model, stack, tracked) if tracked else _mean(dense, model, stack, units)
+    try:
+        stack, note = stacked(correcting, dense)
+        sites, found = _batchnorm(dense, model, stack, tracked) if tracked else _mean(dense, model, stack, units)
+    except (UsageError, RuntimeError) as error:  # a network that works on single batches may refuse a joined one
+        model.load_state_dict(saved, strict=False)
+        return Repair("none", False, before, None, 0, 0, f"the network does not accept joined batches: {error}"[:200])
+    if found > sites:
+        note = "; ".join(
+            [note] * bool(note) + [f"{found - sites} more run not just once in a pass and were left alone"]
+        )
     if not sites:
-        return Repair("none", False, before, None, 0, stack.size, "no BatchNorm, and no bias or shift to correct")
+        return Repair("none", False, before, None, 0, stack.size, note or "no BatchNorm, no bias, no shift to correct")
     after = output_distance(dense, model, judging)
     applied = after <= before  # false for NaN, too
     if not applied:
         model.load_state_dict(saved, strict=False)
     return Repair(kind, applied, before, None if math.isnan(after) else after, sites, stack.size, note)
+
+
+def _is_tracked(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
 
 
 def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -101,7 +113,7 @@ def _cut(batch: Batch) -> list[Batch]:
 
 
 def _sliceable(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor | list) and len(value) == size
+    return (isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)) and len(value) == size
 
 
 @torch.no_grad()
@@ -121,27 +133,27 @@ def stacked(data: Sequence[Batch], model: nn.Module) -> tuple[Batch, str]:
         total += batch.size
     whole = sum(b.size for b in data)
     note = f"used {total} of {whole} samples" if total < whole else ""
-    joined = [_join(list(values)) for values in zip(*(b.args for b in chosen), strict=True)]
-    named = {k: _join([b.kwargs[k] for b in chosen]) for k in same[0].kwargs}
+    joined = [_join(list(values), chosen) for values in zip(*(b.args for b in chosen), strict=True)]
+    named = {k: _join([b.kwargs[k] for b in chosen], chosen) for k in same[0].kwargs}
     return Batch(tuple(joined), named).to(device_of(model)), note
 
 
 def _form(batch: Batch) -> tuple:
+    """What batches that can be joined have in common."""
+
     def one(value: Any) -> Any:
-        match value:
-            case Tensor():
-                return value.dtype, value.shape[1:]
-            case list():
-                return "list"
-        return id(value)  # anything else is shared by all batches of a group, or stands alone
+        if not _sliceable(value, batch.size):
+            return id(value)  # shared by all batches of a group, or stands alone
+        return (value.dtype, value.shape[1:]) if isinstance(value, Tensor) else "list"
 
     return tuple(one(v) for v in batch.args), tuple((k, one(v)) for k, v in batch.kwargs.items())
 
 
-def _join(values: list[Any]) -> Any:
-    if isinstance(values[0], Tensor):
-        return torch.cat(values) if values[0].ndim else values[0]
-    return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
+def _join(values: list[Any], batches: list[Batch]) -> Any:
+    """One value for all the batches; what is not per sample is the same in all of them."""
+    if len(values) == 1 or not all(_sliceable(v, b.size) for v, b in zip(values, batches, strict=True)):
+        return values[0]
+    return torch.cat(values) if isinstance(values[0], Tensor) else [item for value in values for item in value]
 
 
 def _bytes_a_sample(model: nn.Module, batch: Batch) -> float:
@@ -167,17 +179,17 @@ def _hooked(handles: Sequence[Any]) -> ExitStack:
 
 
 # ---------------------------------------------------------------- with BatchNorm
-def _batchnorm(dense: nn.Module, model: nn.Module, batch: Batch, norms: Mapping[str, nn.Module]) -> int:
-    """Returns how many were corrected: those that run once in a forward pass."""
+def _batchnorm(dense: nn.Module, model: nn.Module, batch: Batch, norms: Mapping[str, nn.Module]) -> tuple[int, int]:
+    """Returns how many were corrected, those that run once in a forward pass, and how many there are."""
     original = dict(dense.named_modules())
     wanted: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}
 
     def observe(name: str) -> Callable[..., None]:
-        return lambda _module, args: wanted[name].append(_moments(args[0]))
+        return lambda _module, args, kwargs: wanted[name].append(_moments(args[0] if args else kwargs["input"]))
 
     def correct(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any) -> None:
-            mean, variance = _moments(args[0])
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            mean, variance = _moments(args[0] if args else kwargs["input"])
             dense_mean, dense_variance = wanted[name][0]
             ratio = torch.where(dense_variance > 0, variance / dense_variance, 1.0).clamp(1 / RATIO, RATIO)
             module.running_mean.copy_(original[name].running_mean + mean - dense_mean)  # pyright: ignore
@@ -186,12 +198,12 @@ def _batchnorm(dense: nn.Module, model: nn.Module, batch: Batch, norms: Mapping[
         return hook
 
     with torch.no_grad():
-        with _hooked([original[n].register_forward_pre_hook(observe(n)) for n in norms]):
+        with _hooked([original[n].register_forward_pre_hook(observe(n), with_kwargs=True) for n in norms]):
             batch.run(dense)
         once = [n for n in norms if len(wanted[n]) == 1]
-        with _hooked([norms[n].register_forward_pre_hook(correct(n)) for n in once]):
+        with _hooked([norms[n].register_forward_pre_hook(correct(n), with_kwargs=True) for n in once]):
             batch.run(model)
-    return len(once)
+    return len(once), len(norms)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +214,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------- without
-def _mean(dense: nn.Module, model: nn.Module, batch: Batch, units: Sequence[Unit]) -> int:
-    """Returns how many layers were corrected: those with a bias or shift that run once in a forward pass."""
+def _mean(dense: nn.Module, model: nn.Module, batch: Batch, units: Sequence[Unit]) -> tuple[int, int]:
+    """Returns how many layers were corrected, those with a bias or shift that run once in a forward pass, and how many
+    have one."""
     parameters, original = dict(model.named_parameters()), dict(dense.named_parameters())
     biased = {u.name: b for u in units if (b := _bias(u.name, parameters)) is not None}
     chosen = [u for u in units if u.name in biased]
@@ -242,7 +255,7 @@ def _mean(dense: nn.Module, model: nn.Module, batch: Batch, units: Sequence[Unit
         with _hooked([m.register_forward_hook(correct_norm(n)) for n, m in shifted.items()]):
             with eager(), Calls(model, chosen, correct):
                 batch.run(model)
-    return sum(len(v) == 1 for v in (*wanted.values(), *shifts.values()))
+    return sum(len(v) == 1 for v in (*wanted.values(), *shifts.values())), len(chosen) + len(shifts)
 
 
 def _bias(weight: str, parameters: dict[str, nn.Parameter]) -> nn.Parameter | None:

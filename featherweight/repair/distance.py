@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -23,20 +24,23 @@ def outputs(value: Any) -> Iterator[Tensor]:
         case tuple() | list():
             for inner in value:
                 yield from outputs(inner)
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            for part in fields(value):
+                yield from outputs(getattr(value, part.name))
 
 
 @torch.no_grad()
 def output_distance(dense: nn.Module, model: nn.Module, data: Sequence[Batch]) -> float:
     """Mean over the data of the divergence KL(dense || model) of the class probabilities where the data have class
     labels and the output is one score a class; elsewhere of the squared difference of all outputs, relative to the
-    squared dense outputs. The labels' values are not used. NaN where the two cannot be compared: detectors give another
-    number of boxes."""
+    squared dense outputs. The labels' values are not used. NaN where the two cannot be compared: no output is a
+    tensor of real numbers, or the shapes differ (detectors find another number of boxes)."""
     device = device_of(model)
     lost, whole = 0.0, 0.0
     for batch in data:
         here = batch.to(device)
         want, got = list(outputs(here.run(dense))), list(outputs(here.run(model)))
-        if [t.shape for t in want] != [t.shape for t in got]:
+        if not want or [t.shape for t in want] != [t.shape for t in got]:
             return math.nan
         if _is_classification(want, batch.target):
             log_p, log_q = want[0].double().log_softmax(1), got[0].double().log_softmax(1)
