@@ -33,7 +33,11 @@ NETWORKS = {  # network: (calibration data, test data, settings)
             "--method obs --sparsity 0.5 --bits 4",
         ],
     ),
-    "resnet20_cifar100": ("cifar100_calibration", "cifar100_test", ["--method obq --bits 4", "--method obq --bits 3"]),
+    "resnet20_cifar100": (
+        "cifar100_calibration",
+        "cifar100_test",
+        ["--method gptq --bits 4", "--method obq --bits 4 --group 288", "--method obq --bits 3"],
+    ),
     "lstm_speech": ("speech_calibration", "speech_test", ["--method obq --bits 8", "--method obq --bits 4"]),
     "efficientnet_lite0": (
         "imagenet_calibration",

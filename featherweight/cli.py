@@ -48,7 +48,10 @@ Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, magnitude or o
 Bits = Annotated[int | None, typer.Option(help="1 to 8")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
 Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]
-Symmetric = Annotated[bool, typer.Option("--symmetric", help="no zero points")]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option("--symmetric/--asymmetric", help="without or with zero points (default: with, below 8 bits)"),
+]
 Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with settings and overrides")]
 Include = Annotated[list[str] | None, typer.Option(help="only weights that match this pattern (repeatable)")]
@@ -69,7 +72,7 @@ def compress_command(
     bits: Bits = None,
     sparsity: Sparsity = None,
     group: Group = None,
-    symmetric: Symmetric = False,
+    symmetric: Symmetric = None,
     target: Target = None,
     recipe: RecipeFile = None,
     include: Include = None,
@@ -128,7 +131,7 @@ def plan_command(
     bits: Bits = None,
     sparsity: Sparsity = None,
     group: Group = None,
-    symmetric: Symmetric = False,
+    symmetric: Symmetric = None,
     target: Target = None,
     recipe: RecipeFile = None,
     include: Include = None,
@@ -220,7 +223,7 @@ def _recipe(
     bits: int | None,
     sparsity: float | None,
     group: int | None,
-    symmetric: bool,
+    symmetric: bool | None,
     target: str | None,
     file: Path | None,
     include: list[str] | None,
@@ -229,7 +232,8 @@ def _recipe(
 ) -> Recipe:
     """The recipe that the options name, on top of a recipe file where one is given."""
     settings: dict[str, Any] = {"method": method, "bits": bits, "sparsity": sparsity, "group": group}
-    settings = {k: v for k, v in settings.items() if v is not None} | ({"symmetric": True} if symmetric else {})
+    settings["symmetric"] = symmetric
+    settings = {k: v for k, v in settings.items() if v is not None}
     if settings and target is not None:
         raise UsageError(f"--target chooses the settings itself; leave out {', '.join(f'--{k}' for k in settings)}")
     if settings and file is not None:

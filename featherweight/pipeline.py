@@ -186,7 +186,7 @@ def settle(net: nn.Module, recipe: Recipe, target: str | int | None) -> tuple[Sc
         return found, recipe, assign(recipe, found)
     limit, size = target_bytes(target, baselines(net, found.units).fp32), 0
     for bits in range(8, 0, -1):
-        chosen = replace(recipe, method=Obq(GridSpec(bits)))
+        chosen = replace(recipe, method=Obq(GridSpec(bits, symmetric=bits == 8)))
         methods = assign(chosen, found)
         size = predicted_bytes(net, found, methods)
         if size <= limit:

@@ -39,7 +39,7 @@ class Recipe:
 def method_of(settings: Mapping[str, Any]) -> Method:
     """The method that settings name: `method` (rtn, gptq, obq, magnitude, obs), `bits`, `sparsity`, `group`,
     `symmetric`, `damp`, and `quantizer` (gptq or obq) for what a pruner with `bits` quantizes with. No setting at all
-    means OBQ at 4 bits.
+    means OBQ at 4 bits; grids of 8 bits are symmetric unless `symmetric` says otherwise.
 
     >>> method_of({"method": "gptq", "bits": 3}).label
     'gptq 3 bit'
@@ -81,7 +81,7 @@ def _grid(given: dict[str, Any], needed: bool, method: str) -> GridSpec | None:
         if needed:
             raise UsageError(f"method '{method}' needs a number of bits, for example --bits 4")
         return None
-    symmetric = given.pop("symmetric", False)
+    symmetric = given.pop("symmetric", given["bits"] == 8)  # at 8 bits a zero point costs more than it gains
     if not isinstance(symmetric, bool):
         raise UsageError(f"symmetric must be true or false, got {symmetric!r}")
     return GridSpec(given.pop("bits"), symmetric, given.pop("group", None))

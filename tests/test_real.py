@@ -14,9 +14,7 @@ from tests.conftest import SHARED
 pytestmark = pytest.mark.real
 
 FIGURES = [  # network, calibration, test, settings, largest share of fp32 in percent, least top-1
-    ("resnet20_cifar10", "cifar10_calibration", "cifar10_test", "--method obq --bits 4", 148_000 / 10843.92, 91.5),
     ("resnet20_cifar10", "cifar10_calibration", "cifar10_test", "--method gptq --bits 3", 113_000 / 10843.92, 91.4),
-    ("resnet20_cifar10", "cifar10_calibration", "cifar10_test", "--method obq --bits 2", 80_000 / 10843.92, 88.8),
     ("lstm_speech", "speech_calibration", "speech_test", "--method obq --bits 8", 26, 86.2),
     ("lstm_speech", "speech_calibration", "speech_test", "--method obq --bits 4", 14, 85.5),
 ]

@@ -12,7 +12,8 @@ from tests.nets import tiny
     [
         ({}, Obq(GridSpec(4))),
         ({"bits": 3}, Obq(GridSpec(3))),
-        ({"method": "rtn", "bits": 8, "group": 0}, Rtn(GridSpec(8, group=0))),
+        ({"method": "rtn", "bits": 8, "group": 0}, Rtn(GridSpec(8, symmetric=True, group=0))),
+        ({"method": "rtn", "bits": 8, "symmetric": False}, Rtn(GridSpec(8))),
         ({"method": "gptq", "bits": 4, "symmetric": True, "damp": 0.1}, Gptq(GridSpec(4, True), damp=0.1)),
         ({"sparsity": 0.5}, Obs(0.5)),
         ({"method": "magnitude", "sparsity": 0.25}, Magnitude(0.25)),
@@ -59,7 +60,7 @@ def test_a_recipe_file(tmp_path):
     )
     recipe = read_recipe(path)
     found = scan(tiny(), recipe.include, recipe.exclude)
-    assert assign(recipe, found) == {"conv1.weight": Gptq(GridSpec(8)), "conv2.weight": Obs(0.5)}
+    assert assign(recipe, found) == {"conv1.weight": Gptq(GridSpec(8, symmetric=True)), "conv2.weight": Obs(0.5)}
     assert not recipe.repair
     assert any(x.name == "fc.weight" and "recipe" in x.reason for x in found.left_alone)
 
