@@ -52,7 +52,15 @@ def test_compress_proves_the_file_in_a_fresh_process(tmp_path, run):
 def test_compress_prints_tables_for_people(tmp_path, run):
     code, out, _ = run("compress", MAKE, "--data", DATA, "--bits", 8, "--test", TEST, "-o", tmp_path / "s.fw")
     assert code == 0
-    for word in ("conv2.weight", "obq 8 bit sym", "fp32", "half", "plain int8", "top1", "BatchNorm statistics of 2 layers"):
+    for word in (
+        "conv2.weight",
+        "obq 8 bit sym",
+        "fp32",
+        "half",
+        "plain int8",
+        "top1",
+        "BatchNorm statistics of 2 layers",
+    ):
         assert word in out
     assert "every decoded bit is the same" in out
 
