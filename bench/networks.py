@@ -42,7 +42,7 @@ NETWORKS = {  # network: (calibration data, test data, settings)
     "efficientnet_lite0": (
         "imagenet_calibration",
         "imagenet_val",
-        ["--method gptq --bits 8", "--method obq --bits 4", "--method obq --bits 3"],
+        ["--method gptq --bits 8", "--method gptq --bits 4 --group 256", "--method obq --bits 3"],
     ),
 }
 
