@@ -3,7 +3,22 @@
 from featherweight.artifact import load
 from featherweight.errors import FeatherweightError, FormatError, InfeasibleError, SolveError, UsageError
 from featherweight.layers import scan
-from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, PruneQuantize, Rtn
+from featherweight.methods import (
+    NM,
+    Admm,
+    Blocks,
+    Channels,
+    Gptq,
+    GridSpec,
+    Magnitude,
+    Obq,
+    Obs,
+    Prune,
+    PruneQuantize,
+    Rows,
+    Rtn,
+    Unstructured,
+)
 from featherweight.pipeline import Compressed, compress, plan
 from featherweight.recipe import Override, Recipe, read_recipe
 from featherweight.report import Report
@@ -13,6 +28,10 @@ from featherweight.target import target_bytes
 __version__ = "0.1.0"
 
 __all__ = [
+    "NM",
+    "Admm",
+    "Blocks",
+    "Channels",
     "Compressed",
     "FeatherweightError",
     "FormatError",
@@ -23,13 +42,15 @@ __all__ = [
     "Obq",
     "Obs",
     "Override",
+    "Prune",
     "PruneQuantize",
     "Recipe",
     "Report",
+    "Rows",
     "Rtn",
     "SolveError",
+    "Unstructured",
     "UsageError",
-    "__version__",
     "capture",
     "compress",
     "load",

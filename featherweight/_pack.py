@@ -19,11 +19,15 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Pack integers 0 .. 2**bits - 1 (any shape, row-major) into a uint8 vector.
+    """Pack integers 0 .. 2**bits - 1 (any shape, row-major, at most 16 bits) into a uint8 vector.
 
     >>> pack(torch.tensor([1, 2, 3, 0, 1]), bits=2)
     tensor([57,  1], dtype=torch.uint8)
     """
+    if bits > 8:
+        wide = values.reshape(-1).cpu().numpy().astype("<u2").view(np.uint8).reshape(-1, 2)
+        table = np.unpackbits(wide, axis=1, count=bits, bitorder="little")
+        return torch.from_numpy(np.packbits(table.reshape(-1), bitorder="little"))
     flat = values.reshape(-1).to(torch.uint8).cpu().numpy()
     if bits == 8:
         return torch.from_numpy(flat.copy())
@@ -32,7 +36,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` values of a stream written by `pack`, as a uint8 vector.
+    """The `count` values of a stream written by `pack`, as a uint8 vector, or int32 above 8 bits.
 
     Raises:
         ValueError: the stream has another length, or its padding is not zero.
@@ -46,4 +50,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return torch.from_numpy(data.copy())
     table = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
+    if bits > 8:
+        wide = np.packbits(np.pad(table, ((0, 0), (0, 16 - bits))), axis=1, bitorder="little")
+        return torch.from_numpy(wide.view("<u2").reshape(count).astype(np.int32))
     return torch.from_numpy(np.packbits(table, axis=1, bitorder="little").reshape(count))

@@ -44,9 +44,10 @@ err = Console(stderr=True)
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
-Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, magnitude or obs, for all weights")]
+Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, magnitude, obs or admm, for all weights")]
 Bits = Annotated[int | None, typer.Option(help="1 to 8")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
+Pattern = Annotated[str | None, typer.Option(help="what is removed together: 2:4 (any N:M), blocks:4, rows, channels")]
 Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]
 Symmetric = Annotated[
     bool | None,
@@ -71,6 +72,7 @@ def compress_command(
     method: Method = None,
     bits: Bits = None,
     sparsity: Sparsity = None,
+    pattern: Pattern = None,
     group: Group = None,
     symmetric: Symmetric = None,
     target: Target = None,
@@ -87,7 +89,7 @@ def compress_command(
     if metric and not test:
         raise UsageError("--metric needs the data to measure on: --test file.py:function")
     _check_output(output, weights)
-    chosen = _recipe(method, bits, sparsity, group, symmetric, target, recipe, include, exclude, no_repair)
+    chosen = _recipe(method, bits, sparsity, pattern, group, symmetric, target, recipe, include, exclude, no_repair)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     unproved = output.with_name(f".{output.name}.unproved")
     try:
@@ -130,6 +132,7 @@ def plan_command(
     method: Method = None,
     bits: Bits = None,
     sparsity: Sparsity = None,
+    pattern: Pattern = None,
     group: Group = None,
     symmetric: Symmetric = None,
     target: Target = None,
@@ -140,7 +143,7 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
-    chosen = _recipe(method, bits, sparsity, group, symmetric, target, recipe, include, exclude, False)
+    chosen = _recipe(method, bits, sparsity, pattern, group, symmetric, target, recipe, include, exclude, False)
     network = make_model(model, weights)
     found = plan(network, call(data) if data else None, recipe=chosen, target=target, batch_size=batch_size)
     if as_json:
@@ -222,6 +225,7 @@ def _recipe(
     method: str | None,
     bits: int | None,
     sparsity: float | None,
+    pattern: str | None,
     group: int | None,
     symmetric: bool | None,
     target: str | None,
@@ -231,8 +235,8 @@ def _recipe(
     no_repair: bool,
 ) -> Recipe:
     """The recipe that the options name, on top of a recipe file where one is given."""
-    settings: dict[str, Any] = {"method": method, "bits": bits, "sparsity": sparsity, "group": group}
-    settings["symmetric"] = symmetric
+    settings: dict[str, Any] = {"method": method, "bits": bits, "sparsity": sparsity, "pattern": pattern}
+    settings |= {"group": group, "symmetric": symmetric}
     settings = {k: v for k, v in settings.items() if v is not None}
     if settings and target is not None:
         raise UsageError(f"--target chooses the settings itself; leave out {', '.join(f'--{k}' for k in settings)}")

@@ -73,6 +73,11 @@ class Unit:
     def params(self) -> int:
         return prod(self.view.shape)
 
+    @property
+    def taps(self) -> int:
+        """Columns that belong to one input channel, side by side: the positions of a convolution's kernel."""
+        return prod(self.view.shape[2:]) if self.kind in ("conv", "conv_transpose") else 1
+
 
 @final
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ def plan(
     for unit in found.units:
         shape, method = unit.view.matrix_shape, methods[unit.name]
         seconds = method.work(shape, unit.groups) / RATE
-        stored = method.storage(shape)
+        stored = method.storage(shape, unit.taps, unit.groups)
         rows.append(PlanRow(unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds))
     total = capturing + sum(r.seconds for r in rows)
     return Plan(tuple(rows), found.left_alone, baselines(net, found.units), size, capturing, total)
@@ -216,7 +216,7 @@ def _captured(
     net: nn.Module, samples: list[Batch], units: tuple[Unit, ...], folder: Path, progress: Progress
 ) -> dict[str, LayerStats]:
     if not samples:
-        return {u.name: LayerStats.white(u.view.matrix_shape[1], u.groups) for u in units}
+        return {u.name: LayerStats.white(u.view.matrix_shape[1], u.groups, u.taps) for u in units}
     size = sum(8 * u.groups * u.view.matrix_shape[1] ** 2 for u in units)
     done = 0
     progress("capture", 0, len(samples))
@@ -362,7 +362,7 @@ def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method]) -> 
     names = {n for u in found.units for n in u.names}
     rest = {n: t for n, t in artifact.rest.items() if n not in names}
     other = len(to_bytes(replace(artifact, rest=rest)))
-    payload = sum(methods[u.name].storage(u.view.matrix_shape) for u in found.units)
+    payload = sum(methods[u.name].storage(u.view.matrix_shape, u.taps, u.groups) for u in found.units)
     header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
     labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
     return other + payload + header + labels + 200

@@ -1,18 +1,38 @@
 """Settings in words -> methods. Besides reading a file, this is the only place where a name becomes a class."""
 
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
 from featherweight.errors import UsageError
-from featherweight.layers import Scan, matching
-from featherweight.methods import Gptq, GridSpec, Magnitude, Method, Obq, Obs, PruneQuantize, Rtn
+from featherweight.layers import Scan, Unit, matching
+from featherweight.methods import (
+    NM,
+    Admm,
+    Blocks,
+    Channels,
+    Gptq,
+    GridSpec,
+    Magnitude,
+    Method,
+    Obq,
+    Obs,
+    Pattern,
+    Prune,
+    PruneQuantize,
+    Rows,
+    Rtn,
+    Unstructured,
+)
 
 QUANTIZERS: dict[str, type[Rtn] | type[Gptq] | type[Obq]] = {"rtn": Rtn, "gptq": Gptq, "obq": Obq}
-PRUNERS: dict[str, type[Magnitude] | type[Obs]] = {"magnitude": Magnitude, "obs": Obs}
-SETTINGS = ("method", "bits", "sparsity", "group", "symmetric", "damp", "quantizer")
+PRUNERS: dict[str, type[Magnitude] | type[Obs] | type[Admm]] = {"magnitude": Magnitude, "obs": Obs, "admm": Admm}
+SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer")
+_NM = re.compile(r"(\d+):(\d+)")
+_BLOCKS = re.compile(r"blocks(?: of |:)?(\d+)?")
 
 
 @final
@@ -37,14 +57,18 @@ class Recipe:
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
-    """The method that settings name: `method` (rtn, gptq, obq, magnitude, obs), `bits`, `sparsity`, `group`,
-    `symmetric`, `damp`, and `quantizer` (gptq or obq) for what a pruner with `bits` quantizes with. No setting at all
-    means OBQ at 4 bits; grids of 8 bits are symmetric unless `symmetric` says otherwise.
+    """The method that settings name: `method` (rtn, gptq, obq, magnitude, obs, admm), `bits`, `sparsity`, `pattern`
+    (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any weights), `group`, `symmetric`, `damp`, and
+    `quantizer` (gptq or obq) for what a pruner with `bits` quantizes with. A sparsity or pattern without a method means
+    the better of ExactOBS and ADMM, or ADMM alone for layers where the first would take long. No setting at all means
+    OBQ at 4 bits; grids of 8 bits are symmetric unless `symmetric` says otherwise.
 
     >>> method_of({"method": "gptq", "bits": 3}).label
     'gptq 3 bit'
     >>> method_of({"method": "obs", "sparsity": 0.5, "bits": 4}).label
     'obs 50% + obq 4 bit'
+    >>> method_of({"method": "obs", "pattern": "2:4"}).label
+    'obs 2:4'
 
     Raises:
         UsageError: an unknown name, a setting that the method does not have, or one that it lacks.
@@ -53,7 +77,8 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     unknown = sorted(set(given) - set(SETTINGS))
     if unknown:
         raise UsageError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTINGS)}")
-    name = given.pop("method", "obs" if "sparsity" in given else "obq")
+    by_cost = "method" not in given and ("sparsity" in given or "pattern" in given) and "damp" not in given
+    name = given.pop("method", "obs" if "sparsity" in given or "pattern" in given else "obq")
     if name not in QUANTIZERS | PRUNERS:
         raise UsageError(f"unknown method {name!r}; expected one of {', '.join(QUANTIZERS | PRUNERS)}")
     damp: dict[str, Any] = {"damp": _number(given.pop("damp"), "damp")} if "damp" in given else {}
@@ -64,16 +89,35 @@ def method_of(settings: Mapping[str, Any]) -> Method:
         _nothing_left(given, name)
         assert grid is not None
         return QUANTIZERS[name](grid, **damp)
-    if "sparsity" not in given:
-        raise UsageError(f"method '{name}' needs a sparsity, for example --sparsity 0.5")
-    pruner = PRUNERS[name](_number(given.pop("sparsity"), "sparsity"), **damp)
-    quantizer = given.pop("quantizer", "obq") if grid is not None else None
+    pattern = _pattern(given.pop("pattern", None), given.pop("sparsity", None), name)
+    chosen = given.pop("quantizer", "obq") if grid is not None else None
     _nothing_left(given, name)
-    if grid is None:
-        return pruner
-    if quantizer not in ("gptq", "obq"):
-        raise UsageError(f"the quantizer of a pruned layer must be gptq or obq, got {quantizer!r}")
-    return PruneQuantize(pruner, Gptq(grid) if quantizer == "gptq" else Obq(grid))
+    if chosen not in ("gptq", "obq", None):
+        raise UsageError(f"the quantizer of a pruned layer must be gptq or obq, got {chosen!r}")
+    quantize = None if grid is None else Gptq(grid) if chosen == "gptq" else Obq(grid)
+    pruner = Prune(pattern) if by_cost else PRUNERS[name](pattern, **damp)
+    return pruner if quantize is None else PruneQuantize(pruner, quantize)
+
+
+def _pattern(pattern: Any, sparsity: Any, method: str) -> Pattern:
+    """What to remove, from the settings `pattern` and `sparsity`."""
+    if isinstance(pattern, str) and (found := _NM.fullmatch(pattern)):
+        if sparsity is not None:
+            raise UsageError(f"the pattern {pattern} is a sparsity; leave out the setting 'sparsity'")
+        return NM(int(found[1]), int(found[2]))
+    if sparsity is None:
+        raise UsageError(f"method '{method}' needs a sparsity, for example --sparsity 0.5, or --pattern 2:4")
+    share = _number(sparsity, "sparsity")
+    match pattern:
+        case None | "unstructured":
+            return Unstructured(share)
+        case "rows":
+            return Rows(share)
+        case "channels":
+            return Channels(share)
+        case str() if found := _BLOCKS.fullmatch(pattern):
+            return Blocks(share, int(found[1] or 4))
+    raise UsageError(f"pattern must be N:M (such as 2:4), blocks:4, rows, channels or unstructured, got {pattern!r}")
 
 
 def _grid(given: dict[str, Any], needed: bool, method: str) -> GridSpec | None:
@@ -151,4 +195,14 @@ def assign(recipe: Recipe, found: Scan) -> dict[str, Method]:
     chosen = {u.name: recipe.method for u in found.units}
     for override in recipe.overrides:
         chosen |= {u.name: override.method for u in matching(override.pattern, found.units)}
-    return chosen
+    return {u.name: _settled(chosen[u.name], u) for u in found.units}
+
+
+def _settled(method: Method, unit: Unit) -> Method:
+    """Where a method leaves open how a layer is pruned, what its size decides."""
+    match method:
+        case Prune():
+            return method.for_layer(unit.view.matrix_shape, unit.groups)
+        case PruneQuantize(prune=Prune() as prune):
+            return replace(method, prune=prune.for_layer(unit.view.matrix_shape, unit.groups))
+    return method

@@ -27,13 +27,15 @@ class LayerStats:
 
     gram: (blocks, cols, cols) float64, the mean of x xᵀ. mean: (blocks, cols) float64, the mean of x.
     samples: (blocks,) int64, how many x were seen. row_share: (rows,) float64 for embeddings, how often each row was
-    used (sums to 1); None elsewhere, where every row sees every x.
+    used (sums to 1); None elsewhere, where every row sees every x. taps: columns that belong to one input channel, side
+    by side: the positions of a convolution's kernel, 1 elsewhere.
     """
 
     gram: Tensor
     mean: Tensor
     samples: Tensor
     row_share: Tensor | None = None
+    taps: int = 1
 
     @property
     def blocks(self) -> int:
@@ -49,10 +51,11 @@ class LayerStats:
         return bool(torch.isfinite(self.gram).all())
 
     @classmethod
-    def white(cls, cols: int, blocks: int = 1) -> "LayerStats":
+    def white(cls, cols: int, blocks: int = 1, taps: int = 1) -> "LayerStats":
         """Uncorrelated inputs of unit power: what is assumed where there are no data."""
         eye = _identity(cols).expand(blocks, cols, cols)
-        return cls(eye, torch.zeros(blocks, cols, dtype=torch.float64), torch.zeros(blocks, dtype=torch.int64))
+        mean, samples = torch.zeros(blocks, cols, dtype=torch.float64), torch.zeros(blocks, dtype=torch.int64)
+        return cls(eye, mean, samples, taps=taps)
 
 
 def merge(a: LayerStats, b: LayerStats) -> LayerStats:
@@ -67,6 +70,7 @@ def merge(a: LayerStats, b: LayerStats) -> LayerStats:
         torch.lerp(a.mean, b.mean, share[:, None].expand_as(a.mean)),
         samples,
         row_share,
+        a.taps,
     )
 
 
@@ -79,6 +83,7 @@ class _Sums:
         self.gram: Tensor | None = None
         self.file = spill
         self.shape = (unit.groups, cols, cols)
+        self.taps = unit.taps
         self.total = torch.zeros(unit.groups, cols, dtype=torch.float64)
         self.samples = torch.zeros(unit.groups, dtype=torch.int64)
         self.rows = torch.zeros(rows, dtype=torch.float64)
@@ -99,12 +104,12 @@ class _Sums:
     def stats(self) -> LayerStats:
         blocks, cols, _ = self.shape
         if self.gram is None:  # never multiplied: an embedding, or no sample reached it
-            white, used = LayerStats.white(cols, blocks), self.rows.sum()
+            white, used = LayerStats.white(cols, blocks, self.taps), self.rows.sum()
             share = self.rows / used if used > 0 else None
-            return LayerStats(white.gram, white.mean, white.samples + int(used), share)
+            return LayerStats(white.gram, white.mean, white.samples + int(used), share, self.taps)
         count = self.samples.clamp(min=1).double()
         self.gram /= count[:, None, None]
-        return LayerStats(self.gram, self.total / count[:, None], self.samples)
+        return LayerStats(self.gram, self.total / count[:, None], self.samples, taps=self.taps)
 
 
 def _zeros(shape: tuple[int, ...], file: Path | None) -> Tensor:

@@ -8,7 +8,7 @@ import featherweight as fw
 from featherweight.artifact import read
 from featherweight.demo import digits
 from featherweight.errors import InfeasibleError, UsageError
-from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, PruneQuantize, Rtn
+from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, PruneQuantize, Rtn, Unstructured
 from featherweight.recipe import Override, Recipe
 from tests.nets import images, sentences, tiny, words
 
@@ -16,9 +16,9 @@ METHODS = [
     Rtn(GridSpec(4)),
     Gptq(GridSpec(3)),
     Obq(GridSpec(2)),
-    Magnitude(0.5),
-    Obs(0.5),
-    PruneQuantize(Obs(0.5), Obq(GridSpec(4))),
+    Magnitude(Unstructured(0.5)),
+    Obs(Unstructured(0.5)),
+    PruneQuantize(Obs(Unstructured(0.5)), Obq(GridSpec(4))),
 ]
 
 
@@ -69,7 +69,9 @@ def test_excluded_weights_are_reported_and_kept_in_half_precision():
 
 
 def test_overrides_decide_weight_by_weight():
-    recipe = Recipe(Gptq(GridSpec(4)), (Override("fc.*", Obs(0.5)), Override("conv1.*", Rtn(GridSpec(8)))))
+    recipe = Recipe(
+        Gptq(GridSpec(4)), (Override("fc.*", Obs(Unstructured(0.5))), Override("conv1.*", Rtn(GridSpec(8))))
+    )
     rows = fw.compress(tiny(), images(), recipe=recipe).report.rows
     assert {r.name: r.method for r in rows} == {
         "conv1.weight": "rtn 8 bit",

@@ -2,7 +2,22 @@ import pytest
 
 from featherweight.errors import UsageError
 from featherweight.layers import scan
-from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, PruneQuantize, Rtn
+from featherweight.methods import (
+    NM,
+    Admm,
+    Blocks,
+    Channels,
+    Gptq,
+    GridSpec,
+    Magnitude,
+    Obq,
+    Obs,
+    Prune,
+    PruneQuantize,
+    Rows,
+    Rtn,
+    Unstructured,
+)
 from featherweight.recipe import assign, method_of, read_recipe, recipe_of
 from tests.nets import tiny
 
@@ -15,10 +30,18 @@ from tests.nets import tiny
         ({"method": "rtn", "bits": 8, "group": 0}, Rtn(GridSpec(8, symmetric=True, group=0))),
         ({"method": "rtn", "bits": 8, "symmetric": False}, Rtn(GridSpec(8))),
         ({"method": "gptq", "bits": 4, "symmetric": True, "damp": 0.1}, Gptq(GridSpec(4, True), damp=0.1)),
-        ({"sparsity": 0.5}, Obs(0.5)),
-        ({"method": "magnitude", "sparsity": 0.25}, Magnitude(0.25)),
-        ({"sparsity": 0.5, "bits": 4}, PruneQuantize(Obs(0.5), Obq(GridSpec(4)))),
-        ({"sparsity": 0.5, "bits": 4, "quantizer": "gptq"}, PruneQuantize(Obs(0.5), Gptq(GridSpec(4)))),
+        ({"sparsity": 0.5}, Prune(Unstructured(0.5))),
+        ({"sparsity": 0.5, "method": "obs"}, Obs(Unstructured(0.5))),
+        ({"sparsity": 0.5, "damp": 0.01}, Obs(Unstructured(0.5), damp=0.01)),
+        ({"pattern": "2:4"}, Prune(NM(2, 4))),
+        ({"pattern": "4:8", "bits": 4, "method": "obs"}, PruneQuantize(Obs(NM(4, 8)), Obq(GridSpec(4)))),
+        ({"pattern": "blocks", "sparsity": 0.5, "method": "admm"}, Admm(Blocks(0.5, 4))),
+        ({"pattern": "blocks:8", "sparsity": 0.5, "method": "magnitude"}, Magnitude(Blocks(0.5, 8))),
+        ({"pattern": "rows", "sparsity": 0.25, "method": "obs"}, Obs(Rows(0.25))),
+        ({"pattern": "channels", "sparsity": 0.25}, Prune(Channels(0.25))),
+        ({"method": "magnitude", "sparsity": 0.25}, Magnitude(Unstructured(0.25))),
+        ({"sparsity": 0.5, "bits": 4}, PruneQuantize(Prune(Unstructured(0.5)), Obq(GridSpec(4)))),
+        ({"sparsity": 0.5, "bits": 4, "quantizer": "gptq"}, PruneQuantize(Prune(Unstructured(0.5)), Gptq(GridSpec(4)))),
     ],
 )
 def test_settings_name_methods(settings, expected):
@@ -60,7 +83,10 @@ def test_a_recipe_file(tmp_path):
     )
     recipe = read_recipe(path)
     found = scan(tiny(), recipe.include, recipe.exclude)
-    assert assign(recipe, found) == {"conv1.weight": Gptq(GridSpec(8, symmetric=True)), "conv2.weight": Obs(0.5)}
+    assert assign(recipe, found) == {
+        "conv1.weight": Gptq(GridSpec(8, symmetric=True)),
+        "conv2.weight": Obs(Unstructured(0.5)),
+    }
     assert not recipe.repair
     assert any(x.name == "fc.weight" and "recipe" in x.reason for x in found.left_alone)
 

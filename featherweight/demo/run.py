@@ -12,7 +12,7 @@ from featherweight.artifact import load
 from featherweight.data import batches
 from featherweight.demo import digits
 from featherweight.layers import scan
-from featherweight.methods import GridSpec, Obq, Obs, PruneQuantize
+from featherweight.methods import GridSpec, Obq, Obs, PruneQuantize, Unstructured
 from featherweight.metrics import accuracy
 from featherweight.pipeline import compress
 from featherweight.target import baselines
@@ -37,7 +37,7 @@ def demo(progress: Callable[[str, int, int], None]) -> list[DemoRow]:
     base = baselines(model, scan(model).units)
     rows = [DemoRow("fp32", base.fp32, 1.0, accuracy(model, test)["top1"])]
     asked: list[tuple[str, dict[str, Any]]] = [(f"--target {t}", {"target": t}) for t in TARGETS]
-    joint = PruneQuantize(Obs(0.5), Obq(GridSpec(4)))
+    joint = PruneQuantize(Obs(Unstructured(0.5)), Obq(GridSpec(4)))
     asked.append((joint.label, {"method": joint}))
     with tempfile.TemporaryDirectory() as folder:
         for i, (what, how) in enumerate(asked):

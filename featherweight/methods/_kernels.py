@@ -10,7 +10,8 @@ never written; a row's corrections are kept as a thin factor U (steps, active co
     inv(H_M)[p, :] = inv(H)[p, :] - U[:, p]ᵀ U[:, :]
 
 The active columns are kept compact: the removed one swaps places with the last. The work of a full trace is cols³ / 6
-multiply-adds a row, read in order from cache.
+multiply-adds a row, read in order from cache. On wide layers U outgrows the cache; there every row gets a base of its
+own, from which U is subtracted as one matrix product whenever it has grown to some hundred steps (see traces.py).
 """
 
 import numpy as np
@@ -20,19 +21,31 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and
 
 
 @njit(cache=True, fastmath=_FAST, boundscheck=False)
-def _remove(hinv, index, factor, step, active, p, row, diag):  # pragma: no cover - compiled
+def _remove(base, whole, where, factor, step, active, p, row, diag):  # pragma: no cover - compiled
     """Put row p of inv(H_M) divided by sqrt of its diagonal into row[:active], and into the factor as row `step`;
-    then drop column p from the active set. Returns the diagonal entry."""
-    source = hinv[index[p]]
-    for i in range(active):
-        row[i] = source[index[i]]
-    s = 0
-    while s + 4 <= step:
-        a, b, c, d = factor[s, p], factor[s + 1, p], factor[s + 2, p], factor[s + 3, p]
-        f0, f1, f2, f3 = factor[s], factor[s + 1], factor[s + 2], factor[s + 3]
+    then drop column p from the active set. Returns the diagonal entry.
+
+    base: the inverse before the first row of the factor; where: each active column's place in it. whole: whether base
+    is filled on both sides of its diagonal or only below it.
+    """
+    own = where[p]
+    source = base[own]
+    if whole:
         for i in range(active):
-            row[i] -= a * f0[i] + b * f1[i] + c * f2[i] + d * f3[i]
-        s += 4
+            row[i] = source[where[i]]
+    else:
+        for i in range(active):
+            row[i] = source[where[i]] if where[i] <= own else base[where[i], own]
+    s = 0
+    while s + 8 <= step:  # eight at a time, so that row is read and written an eighth as often
+        a, b, c, d = factor[s, p], factor[s + 1, p], factor[s + 2, p], factor[s + 3, p]
+        e, f, g, h = factor[s + 4, p], factor[s + 5, p], factor[s + 6, p], factor[s + 7, p]
+        f0, f1, f2, f3 = factor[s], factor[s + 1], factor[s + 2], factor[s + 3]
+        f4, f5, f6, f7 = factor[s + 4], factor[s + 5], factor[s + 6], factor[s + 7]
+        for i in range(active):
+            first = a * f0[i] + b * f1[i] + c * f2[i] + d * f3[i]
+            row[i] -= first + (e * f4[i] + f * f5[i] + g * f6[i] + h * f7[i])
+        s += 8
     while s < step:
         a = factor[s, p]
         f0 = factor[s]
@@ -44,49 +57,153 @@ def _remove(hinv, index, factor, step, active, p, row, diag):  # pragma: no cove
     for i in range(active):
         row[i] *= inverse
         diag[i] -= row[i] * row[i]
-    last = active - 1
-    for i in range(active):
         factor[step, i] = row[i]
+    last = active - 1
     for s in range(step + 1):
         factor[s, p] = factor[s, last]
     return pivot
 
 
 @njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
-def prune_trace(w, hinv, steps):  # pragma: no cover - compiled
-    """Order in which ExactOBS removes the columns of every row, and the loss of each removal (w² / (2 diag)).
+def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bucket, first, steps, order, losses):
+    """`steps` removals of ExactOBS in every row, single columns: always the one that costs least, w² / (2 diag), in a
+    bucket that may still lose some.
 
-    w: (rows, cols). hinv: (cols, cols), inverse of the damped Hessian. steps: removals a row.
-    Returns order (rows, steps) int32 and losses (rows, steps), of w's type.
+    base: (rows or 1, n, n), filled on both sides of the diagonal where it is one for all rows. State of every row, with
+    its active columns in front, changed in place: where, index, value, diag, closed (rows, cols), the last 0, or inf in
+    a full bucket. factor: (rows, steps, cols), scratch. keys: (rows, cols), scratch, integers as wide as a value: those
+    of floats above zero are in the same order, and the smallest integer is found without a branch. quota: (rows,
+    buckets) int32, how many removals each bucket still takes; bucket: (cols,) of each column. first: removals before
+    this call. order, losses: (rows, total), filled from `first` on.
     """
-    rows, cols = w.shape
-    order = np.empty((rows, steps), np.int32)
-    losses = np.empty((rows, steps), w.dtype)
+    rows, cols = value.shape  # pragma: no cover - compiled
+    stride = 1 if len(base) > 1 else 0
     for r in prange(rows):
-        index = np.arange(cols)
-        value = w[r].copy()
-        diag = np.empty(cols, w.dtype)
-        for i in range(cols):
-            diag[i] = hinv[i, i]
-        factor = np.empty((steps, cols), w.dtype)
-        row = np.empty(cols, w.dtype)
-        active = cols
+        own = base[np.int64(r) * stride]
+        row = np.empty(cols, value.dtype)
+        v, d, shut, key = value[r], diag[r], closed[r], keys[r]
+        score = key.view(value.dtype)
+        active = cols - first
         for step in range(steps):
-            p, best = 0, np.inf
             for i in range(active):
-                score = value[i] * value[i] / diag[i]
-                if score < best:
-                    p, best = i, score
-            order[r, step] = index[p]
-            losses[r, step] = best / 2
-            at_p = value[p]
-            pivot = _remove(hinv, index, factor, step, active, p, row, diag)
+                score[i] = v[i] * v[i] / d[i] + shut[i]
+            least = key[0]
+            for i in range(1, active):
+                least = min(least, key[i])
+            p = 0
+            while key[p] != least:
+                p += 1
+            order[r, first + step] = index[r, p]
+            losses[r, first + step] = score[p] / 2
+            full = bucket[index[r, p]]
+            quota[r, full] -= 1
+            if quota[r, full] == 0:
+                for i in range(active):
+                    if bucket[index[r, i]] == full:
+                        shut[i] = np.inf
+            at_p = v[p]
+            pivot = _remove(own, len(base) == 1, where[r], factor[r], step, active, p, row, d)
             move = at_p / np.sqrt(pivot)
             for i in range(active):
-                value[i] -= row[i] * move
+                v[i] -= row[i] * move
             active -= 1
-            index[p], value[p], diag[p] = index[active], value[active], diag[active]
-    return order, losses
+            where[r, p], index[r, p] = where[r, active], index[r, active]
+            v[p], d[p], shut[p] = v[active], d[active], shut[active]
+
+
+@njit(cache=True, fastmath=_FAST, boundscheck=False)
+def _block_score(value, block, size):  # pragma: no cover - compiled
+    """w inv(D) wᵀ for a block of weights and its block D of the inverse Hessian, by the Cholesky factor of D."""
+    factor = np.empty((size, size), value.dtype)
+    solved = np.empty(size, value.dtype)
+    score = 0.0
+    for i in range(size):
+        for j in range(i + 1):
+            total = block[i, j]
+            for k in range(j):
+                total -= factor[i, k] * factor[j, k]
+            factor[i, j] = np.sqrt(total) if i == j else total / factor[j, j]
+        total = value[i]
+        for k in range(i):
+            total -= factor[i, k] * solved[k]
+        solved[i] = total / factor[i, i]
+        score += solved[i] * solved[i]
+    return score
+
+
+@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
+def prune_block_steps(base, where, factor, index, value, diag, blocks, first, steps, order, losses):
+    """Like prune_steps for blocks of `size` columns that lie side by side, removed whole, score w_P inv(D_PP) w_Pᵀ.
+
+    blocks: (rows, count, size, size), each active block's own part of the inverse, changed in place. order holds the
+    number of the block, index[., start] // size. A block is removed as `size` single columns, which comes to the same.
+    """
+    rows, cols = value.shape  # pragma: no cover - compiled
+    stride = 1 if len(base) > 1 else 0
+    size = blocks.shape[2]
+    for r in prange(rows):
+        own = base[np.int64(r) * stride]
+        row = np.empty(cols, value.dtype)
+        count = cols // size - first
+        scores = np.empty(count, value.dtype)
+        for b in range(count):
+            scores[b] = _block_score(value[r, b * size : (b + 1) * size], blocks[r, b], size)
+        for step in range(steps):
+            chosen, best = 0, np.inf
+            for b in range(count):
+                if scores[b] < best:
+                    chosen, best = b, scores[b]
+            order[r, first + step] = index[r, chosen * size] // size
+            losses[r, first + step] = max(best, 0.0) / 2
+            last = count - 1
+            if chosen != last:  # bring the block to the end
+                for k in range(size):
+                    a, b = chosen * size + k, last * size + k
+                    where[r, a], where[r, b] = where[r, b], where[r, a]
+                    index[r, a], index[r, b] = index[r, b], index[r, a]
+                    value[r, a], value[r, b] = value[r, b], value[r, a]
+                    diag[r, a], diag[r, b] = diag[r, b], diag[r, a]
+                    for s in range(step * size):
+                        factor[r, s, a], factor[r, s, b] = factor[r, s, b], factor[r, s, a]
+                blocks[r, chosen] = blocks[r, last]
+            for k in range(size):
+                active = count * size - k
+                at_p = value[r, active - 1]
+                pivot = _remove(
+                    own, len(base) == 1, where[r], factor[r], step * size + k, active, active - 1, row, diag[r]
+                )
+                move = at_p / np.sqrt(pivot)
+                for i in range(active):
+                    value[r, i] -= row[i] * move
+                for b in range(last):
+                    for i in range(size):
+                        for j in range(size):
+                            blocks[r, b, i, j] -= row[b * size + i] * row[b * size + j]
+            count -= 1
+            for b in range(count):
+                scores[b] = _block_score(value[r, b * size : (b + 1) * size], blocks[r, b], size)
+
+
+@njit(cache=True, parallel=True, boundscheck=False)
+def compact(base, where, active):
+    """Bring the active columns' entries of every row's base, kept below the diagonal, to its first `active` places, in
+    the order of `where`, (rows, cols), which then counts up. Columns beyond `active` never replace each other: a place
+    in front holds its own column, or one from behind that took the place of a removed one."""
+    for r in prange(len(base)):  # pragma: no cover - compiled
+        own, place = base[r], where[r]
+        for p in range(active):
+            q = place[p]
+            if q == p:
+                continue
+            for i in range(active):
+                j = place[i]
+                taken = own[q, j] if j <= q else own[j, q]
+                if i <= p:
+                    own[p, i] = taken
+                else:
+                    own[i, p] = taken
+        for p in range(active):
+            place[p] = p
 
 
 @njit(cache=True, fastmath=_FAST, boundscheck=False)
@@ -115,7 +232,7 @@ def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cov
         code = min(max(np.rint(value[p] / step_size[p] + offset[p]), 0.0), top)
         codes[index[p]] = np.uint8(code)
         residual = value[p] - step_size[p] * (code - offset[p])
-        pivot = _remove(hinv, index, factor, step, active, p, row, diag)
+        pivot = _remove(hinv, True, index, factor, step, active, p, row, diag)
         move = residual / np.sqrt(pivot)
         for i in range(active):
             value[i] -= row[i] * move

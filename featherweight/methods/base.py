@@ -15,6 +15,7 @@ class Status(Enum):
 
     SOLVED = "solved"
     DAMPED = "solved, with more damping than asked for: the inputs are nearly dependent"
+    PADDED = "solved; its input channels do not fill the last group of the pattern, which counts as filled with zeros"
     UNREACHED = "no calibration sample reached this weight: its inputs were taken as uncorrelated"
     NONFINITE = "the calibration inputs hold NaN or infinity: they were taken as uncorrelated"
 
@@ -61,8 +62,9 @@ class Method(Protocol):
         """
         ...
 
-    def storage(self, shape: tuple[int, int]) -> int:
-        """Bytes that the solution of a (rows, cols) matrix will take, known before solving."""
+    def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
+        """Bytes that the solution of a (rows, cols) matrix will take, known before solving. taps: see LayerStats.
+        groups: row blocks with inputs of their own."""
         ...
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
@@ -81,7 +83,7 @@ def usable(stats: LayerStats) -> LayerStats:
     """`stats`, or uncorrelated inputs where nothing finite was seen."""
     if stats.finite and (stats.reached or stats.row_share is not None):
         return stats
-    return LayerStats.white(stats.gram.shape[1], stats.blocks)
+    return LayerStats.white(stats.gram.shape[1], stats.blocks, stats.taps)
 
 
 def status_of(stats: LayerStats, damped: bool = False) -> Status:

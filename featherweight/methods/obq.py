@@ -69,7 +69,7 @@ class Obq:
         grid = points.grid(codes)
         return Solution.of(grid if keep is None else Sparse(keep, grid), w, stats, status, {"damp": damp})
 
-    def storage(self, shape: tuple[int, int]) -> int:
+    def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         return self.grid.storage(shape)
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:

@@ -26,7 +26,7 @@ class Rtn:
         points = choose(w.double(), self.grid)
         return Solution.of(points.grid(points.round(w.double())), w, stats, status_of(stats))
 
-    def storage(self, shape: tuple[int, int]) -> int:
+    def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         return self.grid.storage(shape)
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:

@@ -1,4 +1,4 @@
-"""A matrix with zeros: a bitmask of the kept entries, and a Dense or Grid matrix of which only those are stored."""
+"""A matrix with zeros: a mask of the kept entries, and a Dense or Grid matrix of which only those are stored."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self, final
@@ -6,23 +6,26 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from featherweight._pack import pack, packed_size, unpack
 from featherweight.errors import FormatError, require
-from featherweight.weights.base import Layout, Meta, field, payload_bits
+from featherweight.weights.base import Layout, Meta, field, only, payload_bits
 from featherweight.weights.dense import Dense
 from featherweight.weights.grid import Grid
+from featherweight.weights.masks import MASKS, AnyMask, Bitmap
 
+BITMAP = Bitmap()
 _VALUES: dict[str, type[Dense] | type[Grid]] = {Dense.kind: Dense, Grid.kind: Grid}
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Sparse:
-    """mask: (rows, cols) bool, true where an entry is kept. values: the kept entries; elsewhere it is ignored."""
+    """mask: (rows, cols) bool, true where an entry is kept. values: the kept entries; elsewhere it is ignored. form:
+    how the mask is stored."""
 
     kind: ClassVar[str] = "sparse"
     mask: Tensor
     values: Dense | Grid
+    form: AnyMask = BITMAP
 
     def __post_init__(self) -> None:
         require(self.mask.dtype == torch.bool, "the mask must be bool", self.mask.dtype)
@@ -39,10 +42,11 @@ class Sparse:
         return payload_bits(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"mask": pack(self.mask, 1)} | self.values.kept(self.mask)
+        return {"mask": self.form.encode(self.mask)} | self.values.kept(self.mask)
 
     def meta(self) -> Meta:
-        return {"kept": int(self.mask.sum()), "values": self.values.kind} | self.values.meta()
+        form = {} if isinstance(self.form, Bitmap) else {"mask": {"kind": self.form.kind} | self.form.meta()}
+        return {"kept": int(self.mask.sum())} | form | {"values": self.values.kind} | self.values.meta()
 
     def trainable(self) -> tuple[str, ...]:
         return self.values.trainable()
@@ -51,16 +55,28 @@ class Sparse:
     def layout(cls, shape: tuple[int, int], meta: Meta) -> Layout:
         kept = field(meta, "kept", range(shape[0] * shape[1] + 1))
         values = _VALUES[field(meta, "values", tuple(_VALUES))]
-        inner = {k: v for k, v in meta.items() if k not in ("kept", "values")}
-        return {"mask": (torch.uint8, packed_size(shape[0] * shape[1], 1))} | values.layout(shape, inner, stored=kept)
+        size = _form(shape, meta).size(shape)
+        return {"mask": (torch.uint8, size)} | values.layout(shape, _inner(meta), stored=kept)
 
     @classmethod
     def load(cls, shape: tuple[int, int], meta: Meta, tensors: dict[str, Tensor]) -> Self:
-        try:
-            mask = unpack(tensors["mask"], 1, shape[0] * shape[1]).bool().reshape(shape)
-        except ValueError as error:
-            raise FormatError(str(error)) from None
+        form = _form(shape, meta)
+        mask = form.decode(tensors["mask"], shape)
         if int(mask.sum()) != meta["kept"]:
             raise FormatError(f"the mask keeps {int(mask.sum())} entries, the header says {meta['kept']}")
-        inner = {k: v for k, v in meta.items() if k not in ("kept", "values")}
-        return cls(mask, _VALUES[meta["values"]].load(shape, inner, tensors, keep=mask))
+        return cls(mask, _VALUES[meta["values"]].load(shape, _inner(meta), tensors, keep=mask), form)
+
+
+def _inner(meta: Meta) -> Meta:
+    """The fields of the values."""
+    return {k: v for k, v in meta.items() if k not in ("kept", "mask", "values")}
+
+
+def _form(shape: tuple[int, int], meta: Meta) -> AnyMask:
+    """How the mask is stored; a bit an entry where nothing is said."""
+    own = meta.get("mask", {"kind": Bitmap.kind})
+    if not isinstance(own, dict):
+        raise FormatError(f"field 'mask' must be an object, got {own!r}")
+    form = MASKS[field(own, "kind", tuple(MASKS))].load(own, shape)
+    only(own, "kind", *form.meta())
+    return form

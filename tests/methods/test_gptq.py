@@ -6,7 +6,7 @@ import torch
 
 from featherweight._linalg import damped
 from featherweight.errors import UsageError
-from featherweight.methods import Gptq, GridSpec, Magnitude, Rtn, Status, gptq
+from featherweight.methods import Gptq, GridSpec, Magnitude, Rtn, Status, Unstructured, gptq
 from featherweight.methods.grids import choose
 from featherweight.stats import LayerStats
 from tests.methods.problems import dependent, problem, row_hessians, weights
@@ -55,7 +55,8 @@ def test_codes_are_those_of_solving_the_rest_after_each_column(monkeypatch, rows
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_removed_entries_are_fixed_to_zero_in_their_turn(blocks, act_order):
     w, stats = problem(4, 20, seed=1, blocks=blocks)
-    start, keep, _ = Magnitude(0.4).prune(w, stats)
+    pruned = Magnitude(Unstructured(0.4)).prune(w, stats)
+    start, keep = pruned.weights, pruned.keep
     keep[0], start[0] = False, 0.0  # a row that is gone
     points = choose(start, GridSpec(3), keep=keep)
     codes, _ = gptq.quantize(start, stats.gram, points, 0.01, act_order, keep)

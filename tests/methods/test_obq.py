@@ -6,7 +6,7 @@ import torch
 
 from featherweight._linalg import damped
 from featherweight.errors import UsageError
-from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, Rtn, Status, obq
+from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, Rtn, Status, Unstructured, obq
 from featherweight.methods.grids import Points, choose
 from featherweight.stats import LayerStats
 from tests.methods.problems import dependent, inputs, problem, row_hessians, stats_of, weights
@@ -244,7 +244,10 @@ def test_blocks_are_solved_as_if_alone():
             assert torch.equal(whole[2 * b : 2 * b + 2], method.solve(w[2 * b : 2 * b + 2], part).weight.dense())
 
 
-@pytest.mark.parametrize("method", [Rtn(GridSpec(3)), Gptq(GridSpec(3)), Obq(GridSpec(3)), Obs(0.5), Magnitude(0.5)])
+@pytest.mark.parametrize(
+    "method",
+    [Rtn(GridSpec(3)), Gptq(GridSpec(3)), Obq(GridSpec(3)), Obs(Unstructured(0.5)), Magnitude(Unstructured(0.5))],
+)
 def test_solutions_follow_scaling_and_reordering(method):
     w, stats = problem(6, 14, seed=7)
     plain = method.solve(w, stats)
@@ -286,4 +289,4 @@ def test_impossible_damping_is_refused(damp):
     with pytest.raises(UsageError, match="damp"):
         Obq(GridSpec(4), damp=damp)
     with pytest.raises(UsageError, match="damp"):
-        Obs(0.5, damp=damp)
+        Obs(Unstructured(0.5), damp=damp)

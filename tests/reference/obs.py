@@ -80,3 +80,54 @@ def quantize_row(w: ndarray, h: ndarray, scale: ndarray, zero: ndarray, top: int
         w[active] -= residual[i] / inverse[i, i] * inverse[:, i]
         del active[i]
     return codes
+
+
+def prune_groups(w: ndarray, h: ndarray, groups: list[list[int]], room: list[int] | None = None, steps: int = 0):
+    """ExactOBS of whole groups of columns, (rows, cols) at once: the group with the smallest sum over rows of
+    w_P inv(inv(H)_PP) w_P goes next, as far as `room` allows for single columns. Returns (numbers of the groups in the
+    order of removal, half the loss of each step, weights)."""
+    w, active = w.copy(), list(range(w.shape[1]))
+    left = list(range(len(groups)))
+    order, losses = [], []
+    for _ in range(steps or len(groups)):
+        inverse = np.zeros_like(h)
+        inverse[np.ix_(active, active)] = np.linalg.inv(h[np.ix_(active, active)])
+        score = {}
+        for g in left:
+            if room is None or room[g] > 0:
+                own = groups[g]
+                score[g] = float(np.trace(w[:, own] @ np.linalg.inv(inverse[np.ix_(own, own)]) @ w[:, own].T))
+        g = min(score, key=score.__getitem__)
+        own = groups[g]
+        w[:, active] -= (w[:, own] @ np.linalg.inv(inverse[np.ix_(own, own)]) @ inverse[own])[:, active]
+        active = [c for c in active if c not in own]
+        w[:, own] = 0
+        left.remove(g)
+        order.append(g)
+        losses.append(score[g] / 2)
+    return order, losses, w
+
+
+def prune_nm(w: ndarray, h: ndarray, buckets: list[list[int]], n: int) -> tuple[list[int], list[float]]:
+    """ExactOBS of one row where at most n of each bucket stay: columns in the order of removal, half their losses."""
+    w, active = w.copy(), list(range(len(w)))
+    room = {c: (b, len(b) - n) for b in map(tuple, buckets) for c in b}
+    taken = dict.fromkeys(map(tuple, buckets), 0)
+    order, losses = [], []
+    for _ in range(sum(max(len(b) - n, 0) for b in buckets)):
+        inverse = np.linalg.inv(h[np.ix_(active, active)])
+        score = {p: w[p] ** 2 / inverse[i, i] for i, p in enumerate(active) if taken[room[p][0]] < room[p][1]}
+        p = min(score, key=score.__getitem__)
+        i = active.index(p)
+        w[active] -= w[p] / inverse[i, i] * inverse[:, i]
+        w[p] = 0
+        taken[room[p][0]] += 1
+        active.remove(p)
+        order.append(p)
+        losses.append(score[p] / 2)
+    return order, losses
+
+
+def best_of_masks(w: ndarray, h: ndarray, masks: list[ndarray]) -> float:
+    """The smallest loss of any of the masks (rows, cols), each with its best weights."""
+    return min(sum(loss(row, h, refit_row(row, h, k)) for row, k in zip(w, mask, strict=True)) for mask in masks)
