@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from torch import nn
 
 from featherweight.artifact import fill, read
 from featherweight.data import batches
+from featherweight.database import Database, DatabaseWarning
 from featherweight.errors import FeatherweightError, FormatError, UsageError
 from featherweight.metrics import accuracy
 from featherweight.pipeline import Plan, compress, plan, settle
@@ -60,6 +62,9 @@ Exclude = Annotated[list[str] | None, typer.Option(help="leave matching weights 
 NoRepair = Annotated[bool, typer.Option("--no-repair", help="leave BatchNorm statistics and biases as they are")]
 BatchSize = Annotated[int, typer.Option(min=1, help="samples a batch, where the data are not batched")]
 MetricSpec = Annotated[str | None, typer.Option("--metric", help="callable metric(model, data): a number or a dict")]
+DatabaseFolder = Annotated[
+    Path | None, typer.Option("--database", help="folder that keeps solved weights, so that no run solves one twice")
+]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
 
 
@@ -83,17 +88,21 @@ def compress_command(
     test: Annotated[str | None, typer.Option("--test", help="test data: accuracy is printed before and after")] = None,
     metric: MetricSpec = None,
     batch_size: BatchSize = 128,
+    database: DatabaseFolder = None,
     as_json: Json = False,
 ) -> None:
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
     if metric and not test:
         raise UsageError("--metric needs the data to measure on: --test file.py:function")
     _check_output(output, weights)
+    if database is not None:
+        Database.at(database)
     chosen = _recipe(method, bits, sparsity, pattern, group, symmetric, target, recipe, include, exclude, no_repair)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     unproved = output.with_name(f".{output.name}.unproved")
     try:
-        with _bars() as progress, redirect_stdout(sys.stderr):  # whatever the user's code prints is not our output
+        # whatever the user's code prints is not our output
+        with _bars() as progress, _plain_warnings(), redirect_stdout(sys.stderr):
             network = make_model(model, weights)
             settle(network, chosen, target)
             calibration = call(data) if data else None
@@ -105,6 +114,7 @@ def compress_command(
                 target=target,
                 batch_size=batch_size,
                 about=about,
+                database=database,
                 progress=progress,
             )
             size = small.save(unproved)
@@ -325,6 +335,22 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield progress
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Our own warnings as a line each; those of others as they are."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, DatabaseWarning):
+                err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+            else:
+                usual(message, category, *where)
+
+        warnings.showwarning = show
+        yield
 
 
 def main(argv: list[str] | None = None) -> int:

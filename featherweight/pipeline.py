@@ -17,6 +17,7 @@ from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import is_foldable
 from featherweight.artifact.write import to_bytes
 from featherweight.data import Batch, batches, check
+from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, SolveError, UsageError
 from featherweight.layers import LeftAlone, Scan, Unit, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution, Status
@@ -88,6 +89,7 @@ def compress(
     evaluate: Callable[[nn.Module], float | dict[str, float]] | None = None,
     batch_size: int = 128,
     about: dict[str, Any] | None = None,
+    database: str | Path | None = None,
     progress: Progress = _quiet,
 ) -> Compressed:
     """Compress a trained network. The network itself is not changed.
@@ -101,6 +103,7 @@ def compress(
             fit; takes the place of the recipe's method.
         evaluate: measures the dense network and the network read back; a number, or several by name.
         about: extra JSON for people, kept in the file.
+        database: a folder where solved layers are kept and found again (docs/database.md); nothing is kept without.
 
     Raises:
         UsageError: something does not fit together; nothing expensive was done yet.
@@ -108,6 +111,7 @@ def compress(
     """
     if method is not None and (recipe is not None or target is not None):
         raise UsageError("a recipe or a target chooses the methods itself; give no method beside it")
+    store = None if database is None else Database.at(database)
     net = _copy(model)
     found, recipe, methods = settle(net, recipe or Recipe(method or Obq(GridSpec(4))), target)
     base = baselines(net, found.units)
@@ -122,7 +126,7 @@ def compress(
             net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
         while True:
             with _timed(seconds, "solve"):
-                solutions = _solved(net, found, methods, stats, progress)
+                solutions, reused = _solved(net, found, methods, stats, progress, store)
             with _timed(seconds, "repair"):
                 small, outcome = _repaired(net, found, solutions, samples if recipe.repair else [], progress)
                 net.load_state_dict(original, strict=False)
@@ -137,7 +141,7 @@ def compress(
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     rows = rows_of(artifact)
-    report = Report(rows, found.left_alone, base, size, outcome, rest, damping, seconds, before, after)
+    report = Report(rows, found.left_alone, base, size, outcome, rest, damping, seconds, before, after, reused)
     return Compressed(artifact, report)
 
 
@@ -230,21 +234,31 @@ def _captured(
 
 
 def _solved(
-    net: nn.Module, found: Scan, methods: dict[str, Method], stats: dict[str, LayerStats], progress: Progress
-) -> dict[str, Solution]:
-    solutions = {}
+    net: nn.Module,
+    found: Scan,
+    methods: dict[str, Method],
+    stats: dict[str, LayerStats],
+    progress: Progress,
+    store: Database | None,
+) -> tuple[dict[str, Solution], int | None]:
+    """Solutions by unit name, and how many came from the database, where there is one."""
+    solutions, reused = {}, 0
     for i, unit in enumerate(found.units):
         progress("solve", i, len(found.units))
-        method, parameter = methods[unit.name], net.get_parameter(unit.name)
+        method, w = methods[unit.name], unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
         try:
-            solution = method.solve(unit.view.matrix(parameter.detach().cpu()), stats[unit.name])
+            if store is None:
+                solution = method.solve(w, stats[unit.name])
+            else:
+                solution, known = store.solve(method, w, stats[unit.name])
+                reused += known
         except SolveError as error:
             raise SolveError(f"{unit.name}: {error}") from error
         if solution.status == Status.UNREACHED and isinstance(method, Rtn | Magnitude):
             solution = replace(solution, status=Status.SOLVED)  # these do not look at the inputs
         solutions[unit.name] = solution
     progress("solve", len(found.units), len(found.units))
-    return solutions
+    return solutions, None if store is None else reused
 
 
 def _repaired(

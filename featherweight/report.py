@@ -36,7 +36,8 @@ class Row:
 class Report:
     """The result of `compress`. file_bytes: the whole file. before, after: the metrics of the dense network and of
     the network read back, where one was given. rest: how the other tensors are stored. damping: what each
-    layer's Hessian took, relative to its mean diagonal. seconds: by stage."""
+    layer's Hessian took, relative to its mean diagonal. seconds: by stage. reused: how many weights came solved from
+    the database, None where there was none."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -48,6 +49,7 @@ class Report:
     seconds: dict[str, float]
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    reused: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -145,5 +147,7 @@ def summary(report: Report, where: str) -> Group:
     after = [f"{report.after[m]:.2f}" if m in report.after else "" for m in metrics]
     sizes.add_row(escape(where), f"{report.file_bytes:,}", f"{report.ratio:.1f}x", *after, style="bold")
     notes = [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
+    if report.reused is not None:
+        notes.append(Text(f"{report.reused} of {len(report.rows)} weights came solved from the database"))
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     return Group(*notes, Text(repair_line(report.repair)), Text(times, style="dim"), Text(), sizes)

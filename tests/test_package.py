@@ -15,7 +15,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"stats"},
     {"methods"},
     {"artifact"},
-    {"repair", "recipe", "target"},
+    {"repair", "recipe", "target", "database"},
     {"metrics", "report", "userland"},
     {"pipeline"},
     {"demo"},
