@@ -7,10 +7,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from featherweight.activations import ActivationGrid
 from featherweight.layers import View
 from featherweight.weights import Weight
 
-VERSION = 1
+VERSIONS = (1, 2)  # 2 has the grids of inputs; a file is written as the first that can say what is in it
 KEY = "featherweight"  # the one metadata entry of the safetensors file
 BLANK = "0" * 32  # stands where the checksum goes, while it is computed
 MARK = b'\\"checksum\\":\\"'  # what precedes it in the file: JSON inside a JSON string
@@ -33,7 +34,8 @@ STREAM_OF = {dtype: name for name, dtype in STREAMS.items()}
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredUnit:
-    """One compressed parameter. error: relative layer error, None where unknown. method and note are for people."""
+    """One compressed parameter. error: relative layer error, None where unknown. method and note are for people.
+    input: the grid that its inputs are rounded to, None for float inputs."""
 
     names: tuple[str, ...]
     view: View
@@ -41,6 +43,7 @@ class StoredUnit:
     method: str
     error: float | None = None
     note: str = ""
+    input: ActivationGrid | None = None
 
     def tensor(self) -> Tensor:
         """The decoded parameter, float32."""
@@ -90,12 +93,18 @@ class Artifact:
             decoded |= norm.tensors()
         return decoded
 
+    def inputs(self) -> dict[str, ActivationGrid]:
+        """The grids of the inputs that are rounded, by the first name of their weight."""
+        return {u.names[0]: u.input for u in self.units if u.input is not None}
+
     def digest(self) -> str:
-        """A fingerprint of `state()`: equal exactly where every decoded bit is equal."""
+        """A fingerprint of `state()` and `inputs()`: equal exactly where every decoded bit and every grid is equal."""
         seen = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.state().items()):
             seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, grid in sorted(self.inputs().items()):
+            seen.update(f"input of {name} {grid.bits} {grid.scale!r} {grid.zero}\n".encode())
         return seen.hexdigest()
 
 

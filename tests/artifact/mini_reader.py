@@ -23,10 +23,26 @@ TYPES = {
 
 def read(data: bytes) -> dict[str, np.ndarray]:
     """Every tensor by name, float16 and bfloat16 as float32."""
+    return parse(data)[0]
+
+
+def inputs(data: bytes) -> dict[str, tuple[int, np.float32, int]]:
+    """(bits, scale, zero) of every input that is rounded, by the first name of the weight."""
+    return parse(data)[1]
+
+
+def rounded(x: np.ndarray, bits: int, scale: np.float32, zero: int) -> np.ndarray:
+    """float32 inputs as the network multiplies them."""
+    with np.errstate(over="ignore"):
+        codes = np.clip(np.rint(x / scale) + np.float32(zero), 0, 2**bits - 1)
+    return scale * (codes - np.float32(zero))
+
+
+def parse(data: bytes):
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     contents = json.loads(header["__metadata__"]["featherweight"])
-    assert contents["format"] == 1
+    assert contents["format"] in (1, 2)
     mark = b'\\"checksum\\":\\"'
     assert data.count(mark + contents["checksum"].encode()) == 1
     blank = data.replace(mark + contents["checksum"].encode(), mark + b"0" * 32)
@@ -45,7 +61,7 @@ def read(data: bytes) -> dict[str, np.ndarray]:
         assert len(values) == count
         return values
 
-    tensors = {}
+    tensors, grids = {}, {}
     for entry in contents["units"]:
         shape, groups = entry["shape"], entry.get("transposed_groups", 0)
         rows, cols = shape[0], prod(shape[1:])
@@ -57,6 +73,9 @@ def read(data: bytes) -> dict[str, np.ndarray]:
             tensor = tensor.reshape(groups, outputs, inputs, taps).swapaxes(1, 2)
         for name in entry["names"]:
             tensors[name] = tensor.reshape(shape)
+        if "input" in entry:
+            assert contents["format"] == 2
+            grids[entry["names"][0]] = tuple(entry["input"][k] for k in ("bits", "scale", "zero"))
     for name, dtype, shape in contents["rest"]:
         tensors[name] = widened(dtype, take(dtype, prod(shape))).reshape(shape)
     for name, dtype, channels, eps in contents["batchnorm"]:
@@ -65,7 +84,7 @@ def read(data: bytes) -> dict[str, np.ndarray]:
         tensors[f"{name}.running_mean"] = np.zeros(channels, np.float32)
         tensors[f"{name}.running_var"] = np.full(channels, 1 - eps, np.float32)
     assert places == {name: len(values) for name, values in streams.items()}
-    return tensors
+    return tensors, {n: (bits, np.float32(scale), zero) for n, (bits, scale, zero) in grids.items()}
 
 
 def matrix(take, rows, cols, meta):

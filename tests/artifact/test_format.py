@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, read, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import STREAMS
@@ -26,9 +27,10 @@ from featherweight.layers import View
 from featherweight.weights import Dense, Grid, Sparse
 from tests.artifact import mini_reader
 from tests.artifact.handmade import take_apart
+from tests.golden import make_v2
 from tests.golden.make_v1 import artifacts
 
-CASES = artifacts() | {"nothing": Artifact((), {}, ())}
+CASES = artifacts() | make_v2.artifacts() | {"nothing": Artifact((), {}, ())}
 every = pytest.mark.parametrize("artifact", CASES.values(), ids=CASES)
 SMALL = CASES["norms"]
 ROOT = Path(__file__).parents[2]
@@ -125,6 +127,24 @@ def test_a_file_read_and_written_again_has_the_same_bytes(artifact):
     assert to_bytes(from_bytes(data)) == data == to_bytes(artifact)
 
 
+@every
+def test_a_file_is_of_the_lowest_version_that_can_say_it(artifact):
+    assert take_apart(to_bytes(artifact)).contents["format"] == (2 if artifact.inputs() else 1)
+
+
+def test_grids_of_inputs_come_back_as_they_were():
+    scales = [float(torch.tensor(s)) for s in (0.1, 1.0, 1e-45, 3.4028234663852886e38, 1 / 3)]
+    grids = [ActivationGrid(b, s, z) for b, s, z in zip((8, 2, 3, 8, 4), scales, (255, 0, 7, 0, 9), strict=True)]
+    units = tuple(
+        StoredUnit((f"w{i}",), View((1, 1)), Dense(torch.ones(1, 1)), "any", input=g) for i, g in enumerate(grids)
+    )
+    data = to_bytes(Artifact(units, {}, ()))
+    assert [u.input for u in from_bytes(data).units] == grids
+    assert {n: (b, float(s), z) for n, (b, s, z) in mini_reader.inputs(data).items()} == {
+        f"w{i}": (g.bits, g.scale, g.zero) for i, g in enumerate(grids)
+    }
+
+
 def test_another_process_writes_the_same_bytes():
     code = (
         "import hashlib\n"
@@ -177,6 +197,13 @@ def test_a_digest_is_equal_exactly_where_every_bit_is():
     digest = Artifact((), base, ()).digest()
     assert Artifact((), same, ()).digest() == digest
     assert len({digest} | {Artifact((), base | d, ()).digest() for d in different}) == 1 + len(different)
+
+
+def test_a_digest_covers_the_grids_of_inputs():
+    unit = lambda grid: StoredUnit(("w",), View((1, 1)), Dense(torch.ones(1, 1)), "any", input=grid)  # noqa: E731
+    grids = [None, (8, 0.5, 0), (8, 0.5, 1), (8, 0.25, 0), (7, 0.5, 0)]
+    digests = [Artifact((unit(g and ActivationGrid(*g)),), {}, ()).digest() for g in grids]
+    assert len(set(digests)) == len(grids)
 
 
 # ---------------------------------------------------------------- what cannot be stored
