@@ -61,7 +61,12 @@ class ActivationGrid:
 
 def is_scale(value: Any) -> bool:
     """Whether a number can be a scale: a positive finite float that float32 holds exactly."""
-    return isinstance(value, float) and isfinite(value) and value > 0 and torch.tensor(value).item() == value
+    return (
+        isinstance(value, float)
+        and isfinite(value)
+        and value > 0
+        and torch.tensor(value, dtype=torch.float32).item() == value
+    )
 
 
 @final
