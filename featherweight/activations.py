@@ -166,7 +166,8 @@ _COMPILED = "_orig_mod."
 
 def _uncompiled(model: nn.Module) -> nn.Module:
     """What `torch.compile` was given: its wrapper makes a new `forward` for every copy of itself."""
-    return model._modules.get(_COMPILED[:-1]) or model
+    inner = model._modules.get(_COMPILED[:-1])
+    return model if inner is None else inner
 
 
 # ---------------------------------------------------------------- the ranges

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
-from featherweight.activations import ActivationGrid, FloatInput, calibrate, simulate, stays_float
+from featherweight.activations import ActivationGrid, FloatInput, calibrate, simulate, simulated, stays_float
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import is_foldable
@@ -206,6 +206,8 @@ def settle(net: nn.Module, recipe: Recipe, target: str | int | None) -> tuple[Sc
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    if simulated(model):
+        raise UsageError("this network rounds inputs, as its file says; first call featherweight.simulate(model, {})")
     try:
         return copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:  # the user's module may raise anything

@@ -104,6 +104,15 @@ def test_a_network_that_rounded_before_rounds_what_its_next_file_says():
     assert simulated(fill(net, plain)) == {}
 
 
+def test_a_network_that_rounds_is_no_dense_network():
+    net = fill(tiny(), fw.compress(tiny(), images(), recipe=EIGHT).artifact)
+    for function in (fw.compress, fw.plan):
+        with pytest.raises(UsageError, match="simulate"):
+            function(net, images())
+    fw.simulate(net, {})
+    fw.plan(net, images())
+
+
 def test_few_bits_cost_accuracy_and_more_do_not():
     x, y = images(200, 5).tensors
     right = lambda m: float((m(x).argmax(1) == y).double().mean())  # noqa: E731
