@@ -94,8 +94,8 @@ class Artifact:
         return decoded
 
     def inputs(self) -> dict[str, ActivationGrid]:
-        """The grids of the inputs that are rounded, by the first name of their weight."""
-        return {u.names[0]: u.input for u in self.units if u.input is not None}
+        """The grids of the inputs that are rounded, under every name of their weight."""
+        return {name: u.input for u in self.units if u.input is not None for name in u.names}
 
     def digest(self) -> str:
         """A fingerprint of `state()` and `inputs()`: equal exactly where every decoded bit and every grid is equal."""

@@ -27,7 +27,7 @@ def read(data: bytes) -> dict[str, np.ndarray]:
 
 
 def inputs(data: bytes) -> dict[str, tuple[int, np.float32, int]]:
-    """(bits, scale, zero) of every input that is rounded, by the first name of the weight."""
+    """(bits, scale, zero) of every input that is rounded, by weight name."""
     return parse(data)[1]
 
 
@@ -75,7 +75,7 @@ def parse(data: bytes):
             tensors[name] = tensor.reshape(shape)
         if "input" in entry:
             assert contents["format"] == 2
-            grids[entry["names"][0]] = tuple(entry["input"][k] for k in ("bits", "scale", "zero"))
+            grids |= dict.fromkeys(entry["names"], tuple(entry["input"][k] for k in ("bits", "scale", "zero")))
     for name, dtype, shape in contents["rest"]:
         tensors[name] = widened(dtype, take(dtype, prod(shape))).reshape(shape)
     for name, dtype, channels, eps in contents["batchnorm"]:
