@@ -129,6 +129,15 @@ def test_the_error_of_every_range_is_exact_and_the_least_is_chosen(problem, bits
     assert error(values, found) <= min(error(values, grid) for grid in tried) * (1 + 1e-9) + 1e-12
 
 
+def test_at_few_bits_the_range_is_far_from_the_extremes():
+    values = torch.randn(activations.SAMPLE)
+    found, span = best_grid(values, 4), float(values.max() - values.min())
+    scale = float(torch.tensor(span / 15))
+    widest = ActivationGrid(4, scale, round(-float(values.min()) / scale))
+    lost = [float((g.simulate(values) - values).square().mean()) for g in (found, widest)]
+    assert 2 * lost[0] < lost[1]
+
+
 def test_inputs_that_are_never_negative_are_unsigned():
     assert best_grid(torch.rand(1000), 8).zero == 0
     assert best_grid(-torch.rand(1000), 8).zero == 255

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import re
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +254,9 @@ def test_activations_without_data_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["compress", MAKE, "--method", "rtn", "--bits", "8", "--activations", "8"]) == 2
     assert "calibration data" in capsys.readouterr().err
+
+
+def test_the_recipe_of_the_documentation_is_valid():
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    (recipe,) = (recipe_of(tomllib.loads(t)) for t in re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL))
+    assert input_bits(recipe, scan(tiny())) == {"conv1.weight": 8, "conv2.weight": 4, "fc.weight": 4}
