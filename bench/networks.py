@@ -31,6 +31,9 @@ NETWORKS = {  # network: (calibration data, test data, settings)
             "--method obs --sparsity 0.5",
             "--method obs --sparsity 0.7",
             "--method obs --sparsity 0.5 --bits 4",
+            "--method gptq --bits 8 --activations 8",
+            "--method obq --bits 4 --activations 8",
+            "--method obq --bits 4 --activations 4",
         ],
     ),
     "resnet20_cifar100": (

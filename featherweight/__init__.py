@@ -1,5 +1,6 @@
 """featherweight: make a trained PyTorch network small, and prove that it still works."""
 
+from featherweight.activations import ActivationGrid, simulate
 from featherweight.artifact import load
 from featherweight.errors import FeatherweightError, FormatError, InfeasibleError, SolveError, UsageError
 from featherweight.layers import scan
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "ActivationGrid",
     "Admm",
     "Blocks",
     "Channels",
@@ -57,5 +59,6 @@ __all__ = [
     "plan",
     "read_recipe",
     "scan",
+    "simulate",
     "target_bytes",
 ]

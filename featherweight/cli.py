@@ -30,7 +30,7 @@ from featherweight.errors import FeatherweightError, FormatError, UsageError
 from featherweight.metrics import accuracy
 from featherweight.pipeline import Plan, compress, plan, settle
 from featherweight.recipe import Recipe, method_of, read_recipe
-from featherweight.report import left_alone_table, rows_of, summary, weights_table
+from featherweight.report import float_inputs_lines, left_alone_table, rows_of, summary, weights_table
 from featherweight.userland import call, find, make_model
 
 app = typer.Typer(
@@ -55,6 +55,7 @@ Symmetric = Annotated[
     bool | None,
     typer.Option("--symmetric/--asymmetric", help="without or with zero points (default: with, below 8 bits)"),
 ]
+Activations = Annotated[int | None, typer.Option(help="round the inputs of compressed weights, too: 2 to 8 bits")]
 Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with settings and overrides")]
 Include = Annotated[list[str] | None, typer.Option(help="only weights that match this pattern (repeatable)")]
@@ -80,6 +81,7 @@ def compress_command(
     pattern: Pattern = None,
     group: Group = None,
     symmetric: Symmetric = None,
+    activations: Activations = None,
     target: Target = None,
     recipe: RecipeFile = None,
     include: Include = None,
@@ -97,7 +99,8 @@ def compress_command(
     _check_output(output, weights)
     if database is not None:
         Database.at(database)
-    chosen = _recipe(method, bits, sparsity, pattern, group, symmetric, target, recipe, include, exclude, no_repair)
+    settings = method, bits, sparsity, pattern, group, symmetric
+    chosen = _recipe(*settings, target, recipe, include, exclude, no_repair, activations)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     unproved = output.with_name(f".{output.name}.unproved")
     try:
@@ -145,6 +148,7 @@ def plan_command(
     pattern: Pattern = None,
     group: Group = None,
     symmetric: Symmetric = None,
+    activations: Activations = None,
     target: Target = None,
     recipe: RecipeFile = None,
     include: Include = None,
@@ -153,14 +157,15 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
-    chosen = _recipe(method, bits, sparsity, pattern, group, symmetric, target, recipe, include, exclude, False)
+    settings = method, bits, sparsity, pattern, group, symmetric
+    chosen = _recipe(*settings, target, recipe, include, exclude, False, activations)
     network = make_model(model, weights)
     found = plan(network, call(data) if data else None, recipe=chosen, target=target, batch_size=batch_size)
     if as_json:
         _print_json(asdict(found))
         return
     out.print(_plan_table(found), "")
-    out.print(left_alone_table(found.left_alone), "")
+    out.print(left_alone_table(found.left_alone), *float_inputs_lines(found.float_inputs), "", sep="\n")
     ratio = found.baselines.fp32 / found.file_bytes
     out.print(f"predicted file {found.file_bytes:,} bytes, {ratio:.1f}x smaller than fp32 ({found.baselines.fp32:,})")
     out.print(f"predicted time {found.seconds:.0f} s, {found.capture_seconds:.0f} s of it to read the calibration data")
@@ -243,6 +248,7 @@ def _recipe(
     include: list[str] | None,
     exclude: list[str] | None,
     no_repair: bool,
+    activations: int | None,
 ) -> Recipe:
     """The recipe that the options name, on top of a recipe file where one is given."""
     settings: dict[str, Any] = {"method": method, "bits": bits, "sparsity": sparsity, "pattern": pattern}
@@ -252,7 +258,9 @@ def _recipe(
         raise UsageError(f"--target chooses the settings itself; leave out {', '.join(f'--{k}' for k in settings)}")
     if settings and file is not None:
         raise UsageError(f"--recipe holds the settings; leave out {', '.join(f'--{k}' for k in settings)}")
-    base = read_recipe(file) if file else Recipe(method_of(settings))
+    if activations is not None and file is not None:
+        raise UsageError("--recipe holds the settings; leave out --activations")
+    base = read_recipe(file) if file else Recipe(method_of(settings), activations=activations)
     return replace(
         base,
         include=base.include + tuple(include or ()),
@@ -301,10 +309,14 @@ def _plan_table(found: Plan) -> Table:
         table.add_column(title, overflow="fold")
     for title in ("fp32 bytes", "bytes", "seconds"):
         table.add_column(title, justify="right", no_wrap=True)
+    rounded = any(row.input_bits for row in found.rows)
+    if rounded:
+        table.add_column("inputs", justify="right", no_wrap=True)
     for row in found.rows:
         shape = "x".join(map(str, row.shape))
         sizes = f"{4 * row.params:,}", f"{row.bytes:,}", f"{row.seconds:.1f}"
-        table.add_row(escape(row.name), row.kind, shape, row.method, *sizes)
+        inputs = [f"{row.input_bits} bit" if row.input_bits else "float"] * rounded
+        table.add_row(escape(row.name), row.kind, shape, row.method, *sizes, *inputs)
     return table
 
 

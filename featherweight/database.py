@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from featherweight.artifact import Artifact, StoredUnit, read, write
-from featherweight.artifact.schema import VERSION as FORMAT
+from featherweight.artifact.schema import VERSIONS
 from featherweight.errors import FormatError, UsageError
 from featherweight.layers import View
 from featherweight.methods import Method, Solution, Status
@@ -161,7 +161,7 @@ def fingerprint(kind: str, *inputs: Any) -> str:
 def _environment() -> tuple[Any, ...]:
     """Whatever may change the last bit of a result, besides the inputs."""
     libraries = np.__version__, numba.__version__, torch.__version__, torch.__config__.show()
-    return VERSION, FORMAT, CODE, *libraries, llvmlite.binding.get_host_cpu_name(), torch.get_num_threads()
+    return VERSION, VERSIONS, CODE, *libraries, llvmlite.binding.get_host_cpu_name(), torch.get_num_threads()
 
 
 def _source_digest(package: Path) -> str:

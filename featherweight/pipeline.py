@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
+from featherweight.activations import ActivationGrid, FloatInput, calibrate, simulate, simulated, stays_float
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import is_foldable
@@ -21,7 +22,7 @@ from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, SolveError, UsageError
 from featherweight.layers import LeftAlone, Scan, Unit, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution, Status
-from featherweight.recipe import Recipe, assign
+from featherweight.recipe import Recipe, assign, input_bits
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
 from featherweight.stats import LayerStats, capture
@@ -42,7 +43,8 @@ def _quiet(stage: str, done: int, total: int) -> None:
 @final
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """What would be done with one weight. bytes: its payload, exact unless its scales need fp32. seconds: a guess."""
+    """What would be done with one weight. bytes: its payload, exact unless its scales need fp32. seconds: a guess.
+    input_bits: what its inputs would be rounded to, None for float."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,12 +53,14 @@ class PlanRow:
     params: int
     bytes: int
     seconds: float
+    input_bits: int | None = None
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A dry run. file_bytes and seconds are predictions; capture_seconds is 0 where no data were given."""
+    """A dry run. file_bytes and seconds are predictions; capture_seconds is 0 where no data were given. float_inputs:
+    where inputs would be rounded, those that would not, told from the kind of layer alone."""
 
     rows: tuple[PlanRow, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -64,6 +68,7 @@ class Plan:
     file_bytes: int
     capture_seconds: float
     seconds: float
+    float_inputs: tuple[FloatInput, ...] = ()
 
 
 @final
@@ -115,33 +120,48 @@ def compress(
     net = _copy(model)
     found, recipe, methods = settle(net, recipe or Recipe(method or Obq(GridSpec(4))), target)
     base = baselines(net, found.units)
-    predicted = predicted_bytes(net, found, methods)
+    wanted = input_bits(recipe, found)
+    predicted = predicted_bytes(net, found, methods, wanted)
     original = _tensors(net)
-    samples = _samples(net, data, methods, batch_size)
+    samples = _samples(net, data, methods, batch_size, wanted)
     before = _metrics(evaluate, copy.deepcopy(net))
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         with _timed(seconds, "capture"):
             stats = _captured(net, samples, found.units, Path(folder), progress)
+            grids, float_inputs = calibrate(net, samples, found.units, wanted)
             net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
         while True:
             with _timed(seconds, "solve"):
                 solutions, reused = _solved(net, found, methods, stats, progress, store)
             with _timed(seconds, "repair"):
-                small, outcome = _repaired(net, found, solutions, samples if recipe.repair else [], progress)
+                judged = samples if recipe.repair else []
+                small, outcome = _repaired(net, found, solutions, grids, judged, progress)
                 net.load_state_dict(original, strict=False)
             facts = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-            artifact, rest = packed(small, found, methods, solutions, (about or {}) | facts)
+            artifact, rest = packed(small, found, methods, solutions, (about or {}) | facts, grids)
             data_read_back = to_bytes(artifact)
             size = len(data_read_back)
             if target is None or size <= target_bytes(target, base.fp32):
                 break  # else: notes or fp32 scales came on top of the prediction; once more, with fewer bits
             _, recipe, methods = settle(net, recipe, target_bytes(target, base.fp32) - (size - predicted))
-            predicted = predicted_bytes(net, found, methods)
+            predicted = predicted_bytes(net, found, methods, wanted)
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
-    rows = rows_of(artifact)
-    report = Report(rows, found.left_alone, base, size, outcome, rest, damping, seconds, before, after, reused)
+    report = Report(
+        rows_of(artifact),
+        found.left_alone,
+        base,
+        size,
+        outcome,
+        rest,
+        damping,
+        seconds,
+        before,
+        after,
+        reused=reused,
+        float_inputs=float_inputs,
+    )
     return Compressed(artifact, report)
 
 
@@ -159,8 +179,9 @@ def plan(
     """
     net = _copy(model)
     found, recipe, methods = settle(net, recipe or Recipe(Obq(GridSpec(4))), target)
-    size = predicted_bytes(net, found, methods)
-    samples = _samples(net, data, methods, batch_size)
+    wanted = input_bits(recipe, found)
+    size = predicted_bytes(net, found, methods, wanted)
+    samples = _samples(net, data, methods, batch_size, wanted)
     capturing = 0.0
     if samples:
         start = time.perf_counter()
@@ -172,9 +193,11 @@ def plan(
         shape, method = unit.view.matrix_shape, methods[unit.name]
         seconds = method.work(shape, unit.groups) / RATE
         stored = method.storage(shape, unit.taps, unit.groups)
-        rows.append(PlanRow(unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds))
+        bits = None if stays_float(unit, wanted) else wanted[unit.name]
+        rows.append(PlanRow(unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds, bits))
     total = capturing + sum(r.seconds for r in rows)
-    return Plan(tuple(rows), found.left_alone, baselines(net, found.units), size, capturing, total)
+    left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
+    return Plan(tuple(rows), found.left_alone, baselines(net, found.units), size, capturing, total, left)
 
 
 def settle(net: nn.Module, recipe: Recipe, target: str | int | None) -> tuple[Scan, Recipe, dict[str, Method]]:
@@ -192,21 +215,27 @@ def settle(net: nn.Module, recipe: Recipe, target: str | int | None) -> tuple[Sc
     for bits in range(8, 0, -1):
         chosen = replace(recipe, method=Obq(GridSpec(bits, symmetric=bits == 8)))
         methods = assign(chosen, found)
-        size = predicted_bytes(net, found, methods)
+        size = predicted_bytes(net, found, methods, input_bits(chosen, found))
         if size <= limit:
             return found, chosen, methods
     raise InfeasibleError(f"the target {target} is {limit:,} bytes; the smallest reachable file has {size:,} bytes")
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    if simulated(model):
+        raise UsageError("this network rounds inputs, as its file says; first call featherweight.simulate(model, {})")
     try:
         return copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:  # the user's module may raise anything
         raise UsageError(f"the network cannot be copied ({type(error).__name__}: {error})") from error
 
 
-def _samples(net: nn.Module, data: Any, methods: dict[str, Method], batch_size: int) -> list[Batch]:
+def _samples(
+    net: nn.Module, data: Any, methods: dict[str, Method], batch_size: int, wanted: dict[str, int]
+) -> list[Batch]:
     if data is None:
+        if wanted:
+            raise UsageError("rounding activations needs calibration data, to find their ranges")
         needing = sorted({m.label for m in methods.values() if not isinstance(m, Rtn | Magnitude)})
         if needing:
             raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn or magnitude")
@@ -262,10 +291,17 @@ def _solved(
 
 
 def _repaired(
-    net: nn.Module, found: Scan, solutions: dict[str, Solution], samples: list[Batch], progress: Progress
+    net: nn.Module,
+    found: Scan,
+    solutions: dict[str, Solution],
+    grids: dict[str, ActivationGrid],
+    samples: list[Batch],
+    progress: Progress,
 ) -> tuple[nn.Module, Repair]:
-    """The assembled network, corrected where there are samples, its other buffers as they were."""
+    """The assembled network with its inputs rounded, corrected where there are samples, its other buffers as they
+    were."""
     small = assembled(net, found, solutions)
+    simulate(small, grids)
     if not samples:
         return small, Repair("none", False, None, None, 0, 0, "switched off or no data")
     norms = {n for n, m in small.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -294,7 +330,12 @@ def assembled(net: nn.Module, found: Scan, solutions: dict[str, Solution]) -> nn
 
 @torch.no_grad()
 def packed(
-    small: nn.Module, found: Scan, methods: dict[str, Method], solutions: dict[str, Solution], about: dict[str, Any]
+    small: nn.Module,
+    found: Scan,
+    methods: dict[str, Method],
+    solutions: dict[str, Solution],
+    about: dict[str, Any],
+    grids: dict[str, ActivationGrid],
 ) -> tuple[Artifact, dict[str, float]]:
     """The artifact of an assembled network, and how its other tensors are stored: numbers in fp16, fp32 and other
     types, and the largest relative error that fp16 made."""
@@ -306,6 +347,7 @@ def packed(
             methods[u.name].label,
             solutions[u.name].relative_error,
             "" if solutions[u.name].status == Status.SOLVED else solutions[u.name].status.value,
+            grids.get(u.name),
         )
         for u in found.units
     )
@@ -369,16 +411,17 @@ def _folded(module: Any) -> tuple[Tensor, Tensor]:
     return scale, module.bias.double() - module.running_mean.double() * scale
 
 
-def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method]) -> int:
+def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method], wanted: dict[str, int]) -> int:
     """Size of the whole file before anything is solved: the payload exactly where scales and other tensors fit fp16,
     the header within a few bytes a weight."""
-    artifact, _ = packed(net, replace(found, units=()), {}, {}, {})
+    artifact, _ = packed(net, replace(found, units=()), {}, {}, {}, {})
     names = {n for u in found.units for n in u.names}
     rest = {n: t for n, t in artifact.rest.items() if n not in names}
     other = len(to_bytes(replace(artifact, rest=rest)))
     payload = sum(methods[u.name].storage(u.view.matrix_shape, u.taps, u.groups) for u in found.units)
     header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
     labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
+    header += 75 * sum(bits > 0 for bits in wanted.values())
     return other + payload + header + labels + 200
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from featherweight.errors import UsageError
+from featherweight.errors import UsageError, require
 from featherweight.layers import Scan, Unit, matching
 from featherweight.methods import (
     NM,
@@ -38,22 +38,37 @@ _BLOCKS = re.compile(r"blocks(?: of |:)?(\d+)?")
 @final
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Another method for the units whose name matches a shell pattern."""
+    """Another method for the units whose name matches a shell pattern. activations: bits of their inputs, 0 for float
+    inputs; None leaves it to the recipe."""
 
     pattern: str
     method: Method
+    activations: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_activations(self.activations)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Which weights are compressed, and how: `method`, unless an override matches (the last one that does wins)."""
+    """Which weights are compressed, and how: `method`, unless an override matches (the last one that does wins).
+    activations: bits of the compressed weights' inputs, 2 to 8; None or 0 keeps all inputs in float."""
 
     method: Method
     overrides: tuple[Override, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     repair: bool = True
+    activations: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_activations(self.activations)
+
+
+def _check_activations(bits: Any) -> None:
+    allowed = bits is None or (type(bits) is int and (bits == 0 or 2 <= bits <= 8))
+    require(allowed, "activations must be 2 to 8 bits, or 0 for float", bits)
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
@@ -144,7 +159,8 @@ def _number(value: Any, name: str) -> float:
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a TOML file: the settings of `method_of` at the top, `include` and `exclude` lists of patterns,
-    `repair = false` to leave statistics alone, and any number of `[[override]]` tables with `match` and settings.
+    `repair = false` to leave statistics alone, `activations = 8` to round inputs, and any number of `[[override]]`
+    tables with `match` and settings, `activations` among them.
 
     Raises:
         UsageError: the file is missing, no TOML, or has a wrong entry; the message names it.
@@ -164,19 +180,20 @@ def read_recipe(path: Path) -> Recipe:
 def recipe_of(content: Mapping[str, Any]) -> Recipe:
     """Like `read_recipe`, of the parsed content. Overrides inherit every setting they do not give, unless they name
     another method."""
-    top = {k: v for k, v in content.items() if k not in ("override", "include", "exclude", "repair")}
+    top = {k: v for k, v in content.items() if k not in ("override", "include", "exclude", "repair", "activations")}
     overrides = []
     tables = content.get("override", [])
     if not isinstance(tables, list) or not all(isinstance(t, dict) and isinstance(t.get("match"), str) for t in tables):
         raise UsageError("each [[override]] needs a pattern: match = 'layer3.*'")
     for table in tables:
-        own = {k: v for k, v in table.items() if k != "match"}
-        overrides.append(Override(table["match"], method_of(own if "method" in own else top | own)))
+        own = {k: v for k, v in table.items() if k not in ("match", "activations")}
+        method = method_of(own if "method" in own else top | own)
+        overrides.append(Override(table["match"], method, table.get("activations")))
     repair = content.get("repair", True)
     if not isinstance(repair, bool):
         raise UsageError(f"repair must be true or false, got {repair!r}")
     patterns = [_patterns(content, key) for key in ("include", "exclude")]
-    return Recipe(method_of(top), tuple(overrides), *patterns, repair=repair)
+    return Recipe(method_of(top), tuple(overrides), *patterns, repair=repair, activations=content.get("activations"))
 
 
 def _patterns(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -206,3 +223,12 @@ def _settled(method: Method, unit: Unit) -> Method:
         case PruneQuantize(prune=Prune() as prune):
             return replace(method, prune=prune.for_layer(unit.view.matrix_shape, unit.groups))
     return method
+
+
+def input_bits(recipe: Recipe, found: Scan) -> dict[str, int]:
+    """The bits that the inputs of every unit are to be rounded to, by unit name; 0 for float. Empty where all are."""
+    chosen = dict.fromkeys((u.name for u in found.units), recipe.activations or 0)
+    for override in recipe.overrides:
+        if override.activations is not None:
+            chosen |= {u.name: override.activations for u in matching(override.pattern, found.units)}
+    return chosen if any(chosen.values()) else {}

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from featherweight.activations import FloatInput
 from featherweight.artifact import Artifact
 from featherweight.layers import LeftAlone
 from featherweight.repair import Repair
@@ -18,7 +19,8 @@ from featherweight.target import Baselines
 @dataclass(frozen=True, slots=True)
 class Row:
     """One weight. bytes: its exact payload. bits: per weight, everything it stores included. error: share of the
-    layer's output energy that was lost on the calibration data (0 is lossless), None where there were no data."""
+    layer's output energy that was lost on the calibration data (0 is lossless), None where there were no data.
+    input_bits: what its inputs are rounded to, None for float inputs."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,6 +31,7 @@ class Row:
     bits: float
     error: float | None
     note: str = ""
+    input_bits: int | None = None
 
 
 @final
@@ -37,7 +40,8 @@ class Report:
     """The result of `compress`. file_bytes: the whole file. before, after: the metrics of the dense network and of
     the network read back, where one was given. rest: how the other tensors are stored. damping: what each
     layer's Hessian took, relative to its mean diagonal. seconds: by stage. reused: how many weights came solved from
-    the database, None where there was none."""
+    the database, None where there was none. float_inputs: where inputs are rounded, the weights whose inputs are not,
+    and why."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -50,6 +54,7 @@ class Report:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     reused: int | None = None
+    float_inputs: tuple[FloatInput, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -79,6 +84,7 @@ def rows_of(artifact: Artifact) -> tuple[Row, ...]:
                 weight.bits() / params,
                 unit.error,
                 unit.note,
+                None if unit.input is None else unit.input.bits,
             )
         )
     return tuple(rows)
@@ -91,9 +97,14 @@ def weights_table(rows: tuple[Row, ...], file_bytes: int) -> Table:
         table.add_column(title, overflow="fold")
     for title in ("bits", "bytes", "error"):
         table.add_column(title, justify="right", no_wrap=True)
+    rounded = any(row.input_bits for row in rows)
+    if rounded:
+        table.add_column("inputs", justify="right", no_wrap=True)
     for row in rows:
         error = "" if row.error is None else f"{row.error:.2%}"
-        table.add_row(escape(row.name), row.kind, escape(row.method), f"{row.bits:.2f}", f"{row.bytes:,}", error)
+        inputs = [f"{row.input_bits} bit" if row.input_bits else "float"] * rounded
+        sizes = f"{row.bits:.2f}", f"{row.bytes:,}", error, *inputs
+        table.add_row(escape(row.name), row.kind, escape(row.method), *sizes)
         if row.note:
             table.add_row(Text(f"  {row.note}", style="yellow"))
     payload = sum(r.bytes for r in rows)
@@ -116,6 +127,16 @@ def left_alone_table(left: tuple[LeftAlone, ...]) -> Table:
         names = same[0].name if len(same) == 1 else f"{same[0].name} and {len(same) - 1} more"
         table.add_row(escape(names), f"{sum(x.params for x in same):,}", reason)
     return table
+
+
+def float_inputs_lines(left: tuple[FloatInput, ...]) -> list[Text]:
+    """Which inputs are not rounded, a line a reason."""
+    lines = []
+    for reason in dict.fromkeys(x.reason for x in left):
+        names = [x.name for x in left if x.reason == reason]
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(Text(f"inputs of {some} stay float: {reason}", style="yellow"))
+    return lines
 
 
 def repair_line(repair: Repair) -> str:
@@ -149,5 +170,6 @@ def summary(report: Report, where: str) -> Group:
     notes = [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
     if report.reused is not None:
         notes.append(Text(f"{report.reused} of {len(report.rows)} weights came solved from the database"))
+    notes += float_inputs_lines(report.float_inputs)
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     return Group(*notes, Text(repair_line(report.repair)), Text(times, style="dim"), Text(), sizes)

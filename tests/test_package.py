@@ -12,7 +12,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"weights"},
     {"layers", "data"},
     {"calls"},
-    {"stats"},
+    {"stats", "activations"},
     {"methods"},
     {"artifact"},
     {"repair", "recipe", "target", "database"},

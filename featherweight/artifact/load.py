@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from featherweight.activations import simulate
 from featherweight.artifact.read import read
 from featherweight.artifact.schema import Artifact
 from featherweight.errors import UsageError
@@ -22,7 +23,8 @@ def load(path: str | Path, into: None = None) -> dict[str, Tensor]: ...
 def load(path: str | Path, into: M) -> M: ...
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module | dict[str, Tensor]:
     """Read a file. With `into`, a freshly made network of the same class, fill that network, set it to eval mode and
-    return it; without, return the decoded tensors by name.
+    return it; without, return the decoded tensors by name. Where the file has grids for inputs, the network simulates
+    them from then on (see `featherweight.simulate`).
 
     Raises:
         FormatError: the file is damaged or no featherweight file.
@@ -33,12 +35,14 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module | dict[st
 
 
 def fill(model: nn.Module, artifact: Artifact) -> nn.Module:
-    """Copy an artifact's decoded tensors into a network, which is returned in eval mode."""
+    """Copy an artifact's decoded tensors into a network, which is returned in eval mode and simulates what the artifact
+    says of inputs, no more and no less."""
     state = artifact.state()
     own = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     differences = _differences(model, own, artifact, state)
     if differences:
         raise UsageError(f"the file does not fit {type(model).__name__}: " + "; ".join(differences))
+    simulate(model, artifact.inputs())
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from featherweight.artifact.schema import BLANK, KEY, MARK, STREAMS, VERSION, Artifact, FoldedNorm, StoredUnit
+from featherweight.activations import ActivationGrid, is_scale
+from featherweight.artifact.schema import BLANK, KEY, MARK, STREAMS, VERSIONS, Artifact, FoldedNorm, StoredUnit
 from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.weights import KINDS
@@ -54,7 +55,9 @@ def _artifact(data: bytes) -> Artifact:
     contents = _contents(data)
     streams = _streams(data)
     methods = [_text(m, "methods") for m in _list(contents["methods"], "methods")]
-    units = [_unit(entry, i, methods, streams) for i, entry in enumerate(_list(contents["units"], "units"))]
+    optional = ("transposed_groups", "error", "note", "input")[: 3 if contents["format"] == 1 else 4]
+    entries = enumerate(_list(contents["units"], "units"))
+    units = [_unit(entry, i, methods, streams, optional) for i, entry in entries]
     rest = dict(_rest(entry, i, streams) for i, entry in enumerate(_list(contents["rest"], "rest")))
     norms = [_norm(entry, i, streams) for i, entry in enumerate(_list(contents["batchnorm"], "batchnorm"))]
     for stream in streams.values():
@@ -78,9 +81,10 @@ def _contents(data: bytes) -> dict[str, Any]:
         raise FormatError("not a featherweight file, or its header is damaged") from None
     if not isinstance(contents, dict) or not _is_count(contents.get("format")):
         raise FormatError("not a featherweight file: its header names no format version")
-    if contents["format"] != VERSION:
+    if contents["format"] not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
         raise FormatError(
-            f"format version {contents['format']}; this featherweight reads version {VERSION}. Try a newer release"
+            f"format version {contents['format']}; this featherweight reads versions {known}. Try a newer release"
         )
     digest = contents.get("checksum")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{32}", digest):
@@ -158,9 +162,11 @@ def _streams(data: bytes) -> dict[str, _Stream]:
     return {name: _Stream(name, values) for name, values in (empty | tensors).items()}
 
 
-def _unit(entry: Any, i: int, methods: list[str], streams: dict[str, _Stream]) -> StoredUnit:
+def _unit(entry: Any, i: int, methods: list[str], streams: dict[str, _Stream], optional: tuple[str, ...]) -> StoredUnit:
     where = f"units[{i}]"
-    _keys(entry, where, ("names", "shape", "method", "weight"), ("transposed_groups", "error", "note"))
+    _keys(entry, where, ("names", "shape", "method", "weight"), optional)
+    if "input" not in optional and isinstance(entry["weight"], dict) and "mask" in entry["weight"]:
+        raise FormatError(f"{where}: version 1 has no masks of patterns")
     names = tuple(_text(n, f"{where}.names") for n in _list(entry["names"], f"{where}.names"))
     shape = _shape(entry["shape"], f"{where}.shape")
     groups = entry.get("transposed_groups", 0)
@@ -181,7 +187,21 @@ def _unit(entry: Any, i: int, methods: list[str], streams: dict[str, _Stream]) -
         weight = kind.load(view.matrix_shape, fields, pieces)
     except FormatError as wrong:
         raise FormatError(f"{names[0]}: {wrong}") from None
-    return StoredUnit(names, view, weight, methods[method], error, _text(entry.get("note", ""), f"{where}.note"))
+    note = _text(entry.get("note", ""), f"{where}.note")
+    rounded = _input(entry["input"], f"{where}.input") if "input" in entry else None
+    return StoredUnit(names, view, weight, methods[method], error, note, rounded)
+
+
+def _input(entry: Any, where: str) -> ActivationGrid:
+    _keys(entry, where, ("bits", "scale", "zero"))
+    bits, scale, zero = entry["bits"], entry["scale"], entry["zero"]
+    if not _is_count(bits) or not 2 <= bits <= 8:
+        raise FormatError(f"{where}: bits must be 2 to 8, got {bits!r}")
+    if not is_scale(scale):
+        raise FormatError(f"{where}: scale must be a positive number that float32 holds exactly, got {scale!r}")
+    if not _is_count(zero) or zero >= 2**bits:
+        raise FormatError(f"{where}: zero must be a code of {bits} bits, got {zero!r}")
+    return ActivationGrid(bits, scale, zero)
 
 
 def _piece(streams: dict[str, _Stream], dtype: torch.dtype, count: int, where: str) -> Tensor:

@@ -7,10 +7,14 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from featherweight.activations import ActivationGrid
 from featherweight.layers import View
 from featherweight.weights import Weight
 
-VERSION = 1
+VERSIONS = (
+    1,
+    2,
+)  # 2 has grids of inputs and masks of patterns; a file is of the first that can say what is in it
 KEY = "featherweight"  # the one metadata entry of the safetensors file
 BLANK = "0" * 32  # stands where the checksum goes, while it is computed
 MARK = b'\\"checksum\\":\\"'  # what precedes it in the file: JSON inside a JSON string
@@ -33,7 +37,8 @@ STREAM_OF = {dtype: name for name, dtype in STREAMS.items()}
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredUnit:
-    """One compressed parameter. error: relative layer error, None where unknown. method and note are for people."""
+    """One compressed parameter. error: relative layer error, None where unknown. method and note are for people.
+    input: the grid that its inputs are rounded to, None for float inputs."""
 
     names: tuple[str, ...]
     view: View
@@ -41,6 +46,7 @@ class StoredUnit:
     method: str
     error: float | None = None
     note: str = ""
+    input: ActivationGrid | None = None
 
     def tensor(self) -> Tensor:
         """The decoded parameter, float32."""
@@ -90,12 +96,18 @@ class Artifact:
             decoded |= norm.tensors()
         return decoded
 
+    def inputs(self) -> dict[str, ActivationGrid]:
+        """The grids of the inputs that are rounded, under every name of their weight."""
+        return {name: u.input for u in self.units if u.input is not None for name in u.names}
+
     def digest(self) -> str:
-        """A fingerprint of `state()`: equal exactly where every decoded bit is equal."""
+        """A fingerprint of `state()` and `inputs()`: equal exactly where every decoded bit and every grid is equal."""
         seen = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.state().items()):
             seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, grid in sorted(self.inputs().items()):
+            seen.update(f"input of {name} {grid.bits} {grid.scale!r} {grid.zero}\n".encode())
         return seen.hexdigest()
 
 

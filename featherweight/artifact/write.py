@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from featherweight.artifact.read import from_bytes
-from featherweight.artifact.schema import BLANK, KEY, MARK, STREAM_OF, VERSION, Artifact
+from featherweight.artifact.schema import BLANK, KEY, MARK, STREAM_OF, VERSIONS, Artifact
 from featherweight.errors import FormatError, UsageError
 
 
@@ -40,6 +41,8 @@ def to_bytes(artifact: Artifact) -> bytes:
             entry["error"] = float(f"{unit.error:.3g}")
         if unit.note:
             entry["note"] = unit.note
+        if unit.input is not None:
+            entry["input"] = asdict(unit.input)
         units.append(entry | {"weight": {"kind": unit.weight.kind} | unit.weight.meta()})
     for name, tensor in artifact.rest.items():
         rest.append([name, put(tensor), list(tensor.shape)])
@@ -47,7 +50,7 @@ def to_bytes(artifact: Artifact) -> bytes:
         norms.append([norm.name, put(norm.scale), len(norm.scale), norm.eps])
         put(norm.shift)
     contents = {
-        "format": VERSION,
+        "format": VERSIONS[1 if artifact.inputs() or any("mask" in u["weight"] for u in units) else 0],
         "checksum": BLANK,
         "methods": methods,
         "units": units,

@@ -23,9 +23,8 @@ LONGEST = 64  # channels of a block
 
 
 class Mask(Protocol):
-    """A way to store masks; every mask that fits it comes back as it was."""
-
-    kind: ClassVar[str]
+    """A way to store masks; every mask that fits it comes back as it was. All but Bitmap have a `kind`, `meta()` and
+    `load(meta, shape)`, like a Weight."""
 
     def size(self, shape: tuple[int, int]) -> int:
         """Bytes."""
@@ -42,11 +41,6 @@ class Mask(Protocol):
             FormatError: no mask is stored like this.
         """
         ...
-
-    def meta(self) -> Meta: ...
-
-    @classmethod
-    def load(cls, meta: Meta, shape: tuple[int, int]) -> Self: ...
 
 
 def channel_groups(cols: int, taps: int, size: int) -> Tensor:
@@ -82,8 +76,6 @@ def ungrouped(entries: Tensor, groups: Tensor, cols: int) -> Tensor:
 class Bitmap:
     """A bit an entry: for any mask."""
 
-    kind: ClassVar[str] = "entries"
-
     def size(self, shape: tuple[int, int]) -> int:
         return packed_size(shape[0] * shape[1], 1)
 
@@ -92,13 +84,6 @@ class Bitmap:
 
     def decode(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
         return _bits(packed, shape[0] * shape[1]).reshape(shape)
-
-    def meta(self) -> Meta:
-        return {}
-
-    @classmethod
-    def load(cls, meta: Meta, shape: tuple[int, int]) -> Self:
-        return cls()
 
 
 @final
@@ -263,7 +248,9 @@ class ChannelMap:
 
 
 AnyMask: TypeAlias = Bitmap | BlockMap | NofM | RowMap | ChannelMap
-MASKS: dict[str, type[AnyMask]] = {m.kind: m for m in (Bitmap, BlockMap, NofM, RowMap, ChannelMap)}
+MASKS: dict[str, type[BlockMap] | type[NofM] | type[RowMap] | type[ChannelMap]] = {
+    m.kind: m for m in (BlockMap, NofM, RowMap, ChannelMap)
+}  # what a file names; a Bitmap has no name there
 
 
 def _taps(meta: Meta, shape: tuple[int, int]) -> int:

@@ -74,9 +74,14 @@ def _inner(meta: Meta) -> Meta:
 
 def _form(shape: tuple[int, int], meta: Meta) -> AnyMask:
     """How the mask is stored; a bit an entry where nothing is said."""
-    own = meta.get("mask", {"kind": Bitmap.kind})
-    if not isinstance(own, dict):
-        raise FormatError(f"field 'mask' must be an object, got {own!r}")
-    form = MASKS[field(own, "kind", tuple(MASKS))].load(own, shape)
-    only(own, "kind", *form.meta())
+    if "mask" not in meta:
+        return BITMAP
+    own = meta["mask"]
+    if not isinstance(own, dict) or own.get("kind") not in tuple(MASKS):
+        raise FormatError(f"field 'mask' must be an object with a kind of {list(MASKS)}, got {own!r}")
+    try:
+        form = MASKS[own["kind"]].load(own, shape)
+        only(own, "kind", *form.meta())
+    except FormatError as error:
+        raise FormatError(f"field 'mask': {error}") from None
     return form

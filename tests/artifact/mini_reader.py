@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from itertools import combinations
 from math import ceil, prod
 
 import numpy as np
@@ -23,10 +24,26 @@ TYPES = {
 
 def read(data: bytes) -> dict[str, np.ndarray]:
     """Every tensor by name, float16 and bfloat16 as float32."""
+    return parse(data)[0]
+
+
+def inputs(data: bytes) -> dict[str, tuple[int, np.float32, int]]:
+    """(bits, scale, zero) of every input that is rounded, by weight name."""
+    return parse(data)[1]
+
+
+def rounded(x: np.ndarray, bits: int, scale: np.float32, zero: int) -> np.ndarray:
+    """float32 inputs as the network multiplies them."""
+    with np.errstate(over="ignore"):
+        codes = np.clip(np.rint(x / scale) + np.float32(zero), 0, 2**bits - 1)
+    return scale * (codes - np.float32(zero))
+
+
+def parse(data: bytes):
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     contents = json.loads(header["__metadata__"]["featherweight"])
-    assert contents["format"] == 1
+    assert contents["format"] in (1, 2)
     mark = b'\\"checksum\\":\\"'
     assert data.count(mark + contents["checksum"].encode()) == 1
     blank = data.replace(mark + contents["checksum"].encode(), mark + b"0" * 32)
@@ -45,7 +62,7 @@ def read(data: bytes) -> dict[str, np.ndarray]:
         assert len(values) == count
         return values
 
-    tensors = {}
+    tensors, grids = {}, {}
     for entry in contents["units"]:
         shape, groups = entry["shape"], entry.get("transposed_groups", 0)
         rows, cols = shape[0], prod(shape[1:])
@@ -57,6 +74,9 @@ def read(data: bytes) -> dict[str, np.ndarray]:
             tensor = tensor.reshape(groups, outputs, inputs, taps).swapaxes(1, 2)
         for name in entry["names"]:
             tensors[name] = tensor.reshape(shape)
+        if "input" in entry:
+            assert contents["format"] == 2
+            grids |= dict.fromkeys(entry["names"], tuple(entry["input"][k] for k in ("bits", "scale", "zero")))
     for name, dtype, shape in contents["rest"]:
         tensors[name] = widened(dtype, take(dtype, prod(shape))).reshape(shape)
     for name, dtype, channels, eps in contents["batchnorm"]:
@@ -65,13 +85,13 @@ def read(data: bytes) -> dict[str, np.ndarray]:
         tensors[f"{name}.running_mean"] = np.zeros(channels, np.float32)
         tensors[f"{name}.running_var"] = np.full(channels, 1 - eps, np.float32)
     assert places == {name: len(values) for name, values in streams.items()}
-    return tensors
+    return tensors, {n: (bits, np.float32(scale), zero) for n, (bits, scale, zero) in grids.items()}
 
 
 def matrix(take, rows, cols, meta):
     mask = np.ones(rows * cols, bool)
     if meta["kind"] == "sparse":
-        mask = integers(take, rows * cols, 1).astype(bool)
+        mask = kept(take, rows, cols, meta.get("mask", {"kind": "entries"})).reshape(-1)
         assert mask.sum() == meta["kept"]
     values = np.zeros(rows * cols, np.float32)
     if meta.get("values", meta["kind"]) == "dense":
@@ -89,6 +109,34 @@ def matrix(take, rows, cols, meta):
         with np.errstate(over="ignore"):
             values[mask] = scale[own] * (codes - zero[own]).astype(np.float32)
     return values.reshape(rows, cols)
+
+
+def kept(take, rows, cols, form):
+    if form["kind"] == "entries":
+        return integers(take, rows * cols, 1).astype(bool)
+    if form["kind"] == "rows":
+        return integers(take, rows, 1).astype(bool).repeat(cols)
+    taps = form["taps"]
+    channels = cols // taps
+    mask = np.zeros((rows, channels, taps), bool)
+    if form["kind"] == "channels":
+        bits = integers(take, form["groups"] * channels, 1).reshape(form["groups"], channels)
+        for row in range(rows):
+            mask[row] = bits[row // (rows // form["groups"])][:, None]
+        return mask
+    size = form.get("block", form.get("m"))
+    per_tap = ceil(channels / size)
+    if form["kind"] == "blocks":
+        chosen = [range(size) if bit else () for bit in integers(take, rows * taps * per_tap, 1)]
+    else:
+        every = list(combinations(range(size), form["n"]))
+        chosen = [every[i] for i in integers(take, rows * taps * per_tap, (len(every) - 1).bit_length())]
+    for i, places in enumerate(chosen):
+        row, tap, group = i // (taps * per_tap), i // per_tap % taps, i % per_tap
+        for place in places:
+            if group * size + place < channels:
+                mask[row, group * size + place, tap] = True
+    return mask
 
 
 def integers(take, count, bits):

@@ -17,18 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, read, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import STREAMS
 from featherweight.artifact.write import to_bytes
 from featherweight.errors import UsageError
 from featherweight.layers import View
+from featherweight.methods import NM, Blocks, Channels, Rows
+from featherweight.methods.patterns import keep_largest
 from featherweight.weights import Dense, Grid, Sparse
+from featherweight.weights.masks import BlockMap, ChannelMap, NofM, RowMap
 from tests.artifact import mini_reader
 from tests.artifact.handmade import take_apart
+from tests.golden import make_v2
 from tests.golden.make_v1 import artifacts
 
-CASES = artifacts() | {"nothing": Artifact((), {}, ())}
+CASES = artifacts() | make_v2.artifacts() | {"nothing": Artifact((), {}, ())}
 every = pytest.mark.parametrize("artifact", CASES.values(), ids=CASES)
 SMALL = CASES["norms"]
 ROOT = Path(__file__).parents[2]
@@ -47,7 +52,7 @@ def test_the_mini_reader_knows_nothing_of_featherweight():
     tree = ast.parse(Path(mini_reader.__file__).read_text())
     imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
     names = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports}
-    assert names == {"hashlib", "json", "math", "numpy", "struct"}
+    assert names == {"hashlib", "itertools", "json", "math", "numpy", "struct"}
 
 
 @every
@@ -78,12 +83,37 @@ def weights(draw):
         ).reshape(shape)
         values = Grid(digits((rows, cols)), exact(scales), digits(scales) if draw(st.booleans()) else None, bits, group)
     if draw(st.booleans()):
+        return Sparse(*draw(patterned(rows, cols, values)))
+    if draw(st.booleans()):
         keep = draw(st.lists(st.booleans(), min_size=rows * cols, max_size=rows * cols))
         return Sparse(torch.tensor(keep).reshape(rows, cols), values)
     return values
 
 
-@settings(deadline=None, max_examples=60)
+@st.composite
+def patterned(draw, rows, cols, values):
+    """A mask of a pattern: its form, and what it keeps."""
+    taps = draw(st.sampled_from([t for t in range(1, cols + 1) if cols % t == 0]))
+    form = draw(
+        st.one_of(
+            st.builds(BlockMap, st.integers(1, 5), st.just(taps)),
+            st.integers(1, 6).flatmap(lambda m: st.builds(NofM, st.integers(1, m), st.just(m), st.just(taps))),
+            st.builds(RowMap),
+            st.builds(ChannelMap, st.just(taps), st.sampled_from([g for g in range(1, rows + 1) if rows % g == 0])),
+        )
+    )
+    pattern = {
+        BlockMap: lambda: Blocks(draw(st.floats(0, 0.99)), form.block),
+        NofM: lambda: NM(form.n, form.m),
+        RowMap: lambda: Rows(draw(st.floats(0, 0.99))),
+        ChannelMap: lambda: Channels(draw(st.floats(0, 0.99))),
+    }[type(form)]()
+    make = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    keep = keep_largest(torch.rand(rows, cols, generator=make), pattern, taps, getattr(form, "groups", 1))
+    return keep, values, form
+
+
+@settings(deadline=None, max_examples=150)
 @given(st.lists(weights(), min_size=1, max_size=3))
 def test_any_weights_decode_the_same_bits(stored):
     units = tuple(StoredUnit((f"w{i}",), View(w.shape), w, "any") for i, w in enumerate(stored))
@@ -123,6 +153,24 @@ def test_the_example_of_the_documentation():
 def test_a_file_read_and_written_again_has_the_same_bytes(artifact):
     data = to_bytes(artifact)
     assert to_bytes(from_bytes(data)) == data == to_bytes(artifact)
+
+
+@every
+def test_a_file_is_of_the_lowest_version_that_can_say_it(artifact):
+    assert take_apart(to_bytes(artifact)).contents["format"] == (2 if artifact.inputs() else 1)
+
+
+def test_grids_of_inputs_come_back_as_they_were():
+    scales = [float(torch.tensor(s)) for s in (0.1, 1.0, 1e-45, 3.4028234663852886e38, 1 / 3)]
+    grids = [ActivationGrid(b, s, z) for b, s, z in zip((8, 2, 3, 8, 4), scales, (255, 0, 7, 0, 9), strict=True)]
+    units = tuple(
+        StoredUnit((f"w{i}",), View((1, 1)), Dense(torch.ones(1, 1)), "any", input=g) for i, g in enumerate(grids)
+    )
+    data = to_bytes(Artifact(units, {}, ()))
+    assert [u.input for u in from_bytes(data).units] == grids
+    assert {n: (b, float(s), z) for n, (b, s, z) in mini_reader.inputs(data).items()} == {
+        f"w{i}": (g.bits, g.scale, g.zero) for i, g in enumerate(grids)
+    }
 
 
 def test_another_process_writes_the_same_bytes():
@@ -177,6 +225,13 @@ def test_a_digest_is_equal_exactly_where_every_bit_is():
     digest = Artifact((), base, ()).digest()
     assert Artifact((), same, ()).digest() == digest
     assert len({digest} | {Artifact((), base | d, ()).digest() for d in different}) == 1 + len(different)
+
+
+def test_a_digest_covers_the_grids_of_inputs():
+    unit = lambda grid: StoredUnit(("w",), View((1, 1)), Dense(torch.ones(1, 1)), "any", input=grid)  # noqa: E731
+    grids = [None, (8, 0.5, 0), (8, 0.5, 1), (8, 0.25, 0), (7, 0.5, 0)]
+    digests = [Artifact((unit(g and ActivationGrid(*g)),), {}, ()).digest() for g in grids]
+    assert len(set(digests)) == len(grids)
 
 
 # ---------------------------------------------------------------- what cannot be stored

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from featherweight.artifact import load, read
 from featherweight.artifact.write import to_bytes
 from tests.artifact import mini_reader
+from tests.golden import make_v2
 from tests.golden.make_v1 import artifacts
 
 FILES = sorted((Path(__file__).parents[1] / "golden" / "v1").glob("*.fw"))
@@ -34,3 +36,29 @@ def test_a_golden_file_gives_the_expected_bits(path):
 @every
 def test_a_golden_file_is_written_again_byte_for_byte(path):
     assert to_bytes(read(path)) == path.read_bytes() == to_bytes(artifacts()[path.stem])
+
+
+# ---------------------------------------------------------------- version 2
+FILES_2 = sorted((Path(__file__).parents[1] / "golden" / "v2").glob("*.fw"))
+
+
+def test_version_2_has_its_file():
+    assert [p.stem for p in FILES_2] == sorted(make_v2.artifacts())
+    assert all(p.stat().st_size < 6000 for f in FILES_2 for p in (f, f.with_suffix(".json")))
+
+
+@pytest.mark.parametrize("path", FILES_2, ids=lambda path: path.stem)
+def test_a_golden_file_of_version_2_gives_the_expected_bits_and_rounds_the_same(path):
+    data, expected = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+    assert to_bytes(read(path)) == data == to_bytes(make_v2.artifacts()[path.stem])
+    decoded, independent = load(path), mini_reader.read(data)
+    assert list(decoded) == list(independent) == list(expected["tensors"])
+    for name, entry in expected["tensors"].items():
+        values = np.array(entry["values"], entry["type"]).reshape(entry["shape"])
+        assert decoded[name].numpy().tobytes() == independent[name].tobytes() == values.tobytes(), name
+    grids, x = mini_reader.inputs(data), np.array(expected["x"], np.float32)
+    assert set(grids) == set(read(path).inputs()) == set(expected["rounded"])
+    for name, values in expected["rounded"].items():
+        want = np.array(values, np.float32)
+        assert np.array_equal(mini_reader.rounded(x, *grids[name]), want), name
+        assert np.array_equal(read(path).inputs()[name].simulate(torch.tensor(x)).numpy(), want), name

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
+from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, load, read
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import MARK
@@ -37,7 +38,9 @@ def small() -> Artifact:
     binary = Grid(codes % 2, torch.ones(1, 1, dtype=torch.float16), None, 1, 0)
     units = (
         StoredUnit(("grid.weight", "tied.weight"), View((3, 5)), asymmetric, "obq", 0.012, "a note"),
-        StoredUnit(("sparse.weight",), View((3, 5)), Sparse(codes > 3, binary), "obs"),
+        StoredUnit(
+            ("sparse.weight",), View((3, 5)), Sparse(codes > 3, binary), "obs", input=ActivationGrid(4, 0.25, 3)
+        ),
         StoredUnit(("up.weight",), View((2, 3, 2), 2), Dense(torch.ones(6, 2, dtype=torch.float16)), "rtn"),
     )
     norm = FoldedNorm("bn", torch.ones(3, dtype=torch.float16), torch.zeros(3, dtype=torch.float16), 1e-5)
@@ -225,7 +228,7 @@ WRONG = [
     {"x": 1},
 ]
 FREE = re.compile(  # what may be anything of its own type
-    r"about(\..*)?|methods\.\d|units\.\d\.(note|error|names\.\d)|rest\.\d\.0|batchnorm\.\d\.0"
+    r"about(\..*)?|methods\.\d|units\.\d\.(note|error|input\.scale|names\.\d)|rest\.\d\.0|batchnorm\.\d\.0"
 )
 
 
@@ -254,13 +257,21 @@ def test_any_field_of_any_wrong_type():
             if tried(parts.file()) is not None:
                 accepted.add((".".join(map(str, path)), type(value)))
     assert {path for path, _ in accepted if not FREE.fullmatch(path)} == set()
-    types = {kind for path, kind in accepted if not path.startswith("about") and not path.endswith("error")}
+    types = {kind for path, kind in accepted if not path.startswith("about") and not path.endswith(("error", "scale"))}
     assert types == {str}
     assert {kind for path, kind in accepted if path.endswith("error")} == {float, type(None)}
+    assert {kind for path, kind in accepted if path.endswith("scale")} == {float}
 
 
 def test_any_missing_field():
-    optional = {"units.0.note", "units.0.error", "units.2.transposed_groups", "about.model", "about.fp32_bytes"}
+    optional = {
+        "units.0.note",
+        "units.0.error",
+        "units.1.input",
+        "units.2.transposed_groups",
+        "about.model",
+        "about.fp32_bytes",
+    }
     optional |= {"units.0.names.0", "units.0.names.1"}  # one of two
     for path in PATHS:
         parts = take_apart(SMALL)
@@ -333,7 +344,8 @@ def shorter(stream, size):
 HUGE = 2**39
 ATTACKS = {
     # versions
-    "version-2": (edit("format", 2), "format version 2; this featherweight reads version 1. Try a newer release"),
+    "version-3": (edit("format", 3), "version 3; this featherweight reads versions 1 and 2. Try a newer release"),
+    "version-1-with-inputs": (edit("format", 1), r"units\[1\] must have the fields"),
     "version-0": (edit("format", 0), "format version 0"),
     "version-true": (edit("format", True), "no format version"),
     "version-float": (edit("format", 1.0), "no format version"),
@@ -416,6 +428,24 @@ ATTACKS = {
     "rest-type": (edit("rest.0.1", "f8"), "rest"),
     "rest-type-list": (edit("rest.0.1", []), "rest"),
     "rest-type-object": (edit("rest.0.1", {}), "rest"),
+    "input-list": (edit("units.1.input", [4, 0.25, 3]), r"units\[1\].input must have the fields"),
+    "input-null": (edit("units.1.input", None), "must have the fields"),
+    "input-bits-1": (edit("units.1.input.bits", 1), "bits must be 2 to 8, got 1"),
+    "input-bits-9": (edit("units.1.input.bits", 9), "bits must be 2 to 8"),
+    "input-bits-float": (edit("units.1.input.bits", 4.0), "bits must be 2 to 8"),
+    "input-bits-huge": (edit("units.1.input.bits", 2**62), "bits must be 2 to 8"),
+    "input-scale-0": (edit("units.1.input.scale", 0.0), "scale must be a positive number"),
+    "input-scale-negative": (edit("units.1.input.scale", -0.25), "scale must be a positive number"),
+    "input-scale-integer": (edit("units.1.input.scale", 1), "scale must be a positive number"),
+    "input-scale-not-float32": (edit("units.1.input.scale", 0.1), "that float32 holds exactly, got 0.1"),
+    "input-scale-too-large": (edit("units.1.input.scale", 1e39), "that float32 holds exactly"),
+    "input-scale-too-small": (edit("units.1.input.scale", 1e-46), "that float32 holds exactly"),
+    "input-scale-nan": (edit("units.1.input.scale", float("nan")), "header"),
+    "input-scale-infinite": (edit("units.1.input.scale", float("inf")), "header"),
+    "input-zero-16": (edit("units.1.input.zero", 16), "zero must be a code of 4 bits, got 16"),
+    "input-zero-negative": (edit("units.1.input.zero", -1), "zero must be a code"),
+    "input-zero-true": (edit("units.1.input.zero", True), "zero must be a code"),
+    "input-zero-float": (edit("units.1.input.zero", 3.0), "zero must be a code"),
     # payload
     "scale-nan": (poked("f32", 0, struct.pack("<f", float("nan"))), "grid.weight: field 'scale' holds NaN"),
     "scale-infinite": (poked("f16", 0, b"\x00\x7c"), "sparse.weight: field 'scale' holds NaN or inf"),
@@ -479,7 +509,7 @@ def test_an_attack_with_a_right_checksum(attack, told):
         pytest.param('"fp32_bytes":100', '"fp32_bytes":' + "9" * 5000, id="5000-digits"),
         pytest.param('"error":0.012', '"error":1e999', id="error-1e999"),
         pytest.param('"kept":7', '"kept":7.0', id="float-count"),
-        pytest.param('"format":1', '"format":01', id="not-json"),
+        pytest.param('"format":2', '"format":02', id="not-json"),
         pytest.param("1e-05", "1e-400000000000000000000", id="eps-underflow-is-0"),
     ],
 )

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from featherweight import compress, load
+from featherweight.activations import simulate
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, fill, write
 from featherweight.artifact.schema import is_foldable
 from featherweight.errors import FormatError, UsageError
 from featherweight.layers import scan
 from featherweight.methods import GridSpec, Rtn
+from featherweight.recipe import Recipe
 from featherweight.weights import Dense
 
 F16, F32 = torch.float16, torch.float32
@@ -173,6 +175,16 @@ def test_tied_weights_are_stored_once_and_fill_both(tmp_path):
     assert torch.equal(load(tmp_path / "tied.fw")["out.weight"], net.embed.weight)
     for other in (load(tmp_path / "tied.fw", into=Tied()), load(tmp_path / "tied.fw", into=Tied(tie=False))):
         assert torch.equal(other(torch.arange(5)), net(torch.arange(5)))
+
+
+def test_inputs_are_rounded_under_every_name_of_a_weight(tmp_path):
+    net = Tied()
+    compress(net, torch.arange(5), recipe=Recipe(Rtn(GridSpec(8)), activations=2)).save(tmp_path / "tied.fw")
+    tied, untied = load(tmp_path / "tied.fw", into=Tied()), load(tmp_path / "tied.fw", into=Tied(tie=False))
+    plain = load(tmp_path / "tied.fw", into=Tied())
+    simulate(plain, {})
+    assert torch.equal(tied(torch.arange(5)), untied(torch.arange(5)))
+    assert not torch.equal(tied(torch.arange(5)), plain(torch.arange(5)))
 
 
 class Shared(nn.Module):
