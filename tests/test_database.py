@@ -18,7 +18,18 @@ from featherweight.artifact import Artifact, read, write
 from featherweight.cli import main
 from featherweight.database import PACKAGE, SOURCES, Database, DatabaseWarning, fingerprint
 from featherweight.errors import SolveError, UsageError
-from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, PruneQuantize, Rtn, Solution, Status
+from featherweight.methods import (
+    Gptq,
+    GridSpec,
+    Magnitude,
+    Obq,
+    Obs,
+    PruneQuantize,
+    Rtn,
+    Solution,
+    Status,
+    Unstructured,
+)
 from featherweight.recipe import Override, Recipe
 from featherweight.stats import LayerStats
 from tests.nets import images, sentences, tiny, words
@@ -28,9 +39,9 @@ METHODS = [
     Rtn(GridSpec(4)),
     Gptq(GridSpec(3)),
     Obq(GridSpec(2, group=5)),
-    Magnitude(0.5),
-    Obs(0.5),
-    PruneQuantize(Obs(0.5), Gptq(GridSpec(4, symmetric=True))),
+    Magnitude(Unstructured(0.5)),
+    Obs(Unstructured(0.5)),
+    PruneQuantize(Obs(Unstructured(0.5)), Gptq(GridSpec(4, symmetric=True))),
 ]
 
 
@@ -126,9 +137,9 @@ def test_one_changed_bit_anywhere_is_another_entry(tmp_path):
         (Gptq(GridSpec(3), act_order=False), w, stats),
         (Rtn(GridSpec(3)), w, stats),
         (Obq(GridSpec(3)), w, stats),
-        (PruneQuantize(Obs(0.5), Gptq(GridSpec(3))), w, stats),
-        (PruneQuantize(Obs(0.5, damp=0.002), Gptq(GridSpec(3))), w, stats),
-        (PruneQuantize(Magnitude(0.5), Gptq(GridSpec(3))), w, stats),
+        (PruneQuantize(Obs(Unstructured(0.5)), Gptq(GridSpec(3))), w, stats),
+        (PruneQuantize(Obs(Unstructured(0.5), damp=0.002), Gptq(GridSpec(3))), w, stats),
+        (PruneQuantize(Magnitude(Unstructured(0.5)), Gptq(GridSpec(3))), w, stats),
     ]
     assert 0.01 + 2**-59 != 0.01
     keys = [fingerprint("solution", *case) for case in inputs]

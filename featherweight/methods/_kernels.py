@@ -10,23 +10,25 @@ never written; a row's corrections are kept as a thin factor U (steps, active co
     inv(H_M)[p, :] = inv(H)[p, :] - U[:, p]ᵀ U[:, :]
 
 The active columns are kept compact: the removed one swaps places with the last. The work of a full trace is cols³ / 6
-multiply-adds a row, read in order from cache. On wide layers U outgrows the cache; there every row gets a base of its
-own, from which U is subtracted as one matrix product whenever it has grown to some hundred steps (see traces.py).
+multiply-adds a row. The factor lies in memory column by column, so that a step reads it in long runs, as dot products;
+its last RECENT rows lie row by row beside it, and are moved over together, so that it is also written in runs. On wide
+layers it outgrows the cache; there every row gets a base of its own, from which the factor is subtracted as one matrix
+product whenever it has grown to some hundred steps (see traces.py).
 """
 
 import numpy as np
 from numba import njit, prange
 
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
+RECENT = 32  # rows of the factor that are kept row by row
 
 
 @njit(cache=True, fastmath=_FAST, boundscheck=False)
-def _remove(base, whole, where, factor, step, active, p, row, diag):  # pragma: no cover - compiled
-    """Put row p of inv(H_M) divided by sqrt of its diagonal into row[:active], and into the factor as row `step`;
-    then drop column p from the active set. Returns the diagonal entry.
+def _inverse_row(base, whole, where, factor, recent, step, active, p, row):  # pragma: no cover - compiled
+    """Put row p of inv(H_M) into row[:active], after `step` removals.
 
-    base: the inverse before the first row of the factor; where: each active column's place in it. whole: whether base
-    is filled on both sides of its diagonal or only below it.
+    base: the inverse before the first of them; where: each active column's place in it. whole: whether base is filled
+    on both sides of its diagonal or only below it. factor: (cols, steps), recent: (RECENT, cols), see _drop.
     """
     own = where[p]
     source = base[own]
@@ -36,32 +38,70 @@ def _remove(base, whole, where, factor, step, active, p, row, diag):  # pragma: 
     else:
         for i in range(active):
             row[i] = source[where[i]] if where[i] <= own else base[where[i], own]
+    old = step - step % RECENT
+    if old > 0:
+        c = factor[p]
+        i = 0
+        while i + 8 <= active:  # eight columns at a time share what is read of column p
+            f0, f1, f2, f3 = factor[i], factor[i + 1], factor[i + 2], factor[i + 3]
+            f4, f5, f6, f7 = factor[i + 4], factor[i + 5], factor[i + 6], factor[i + 7]
+            s0, s1, s2, s3 = row[i], row[i + 1], row[i + 2], row[i + 3]
+            s4, s5, s6, s7 = row[i + 4], row[i + 5], row[i + 6], row[i + 7]
+            for s in range(old):
+                x = c[s]
+                s0 -= x * f0[s]
+                s1 -= x * f1[s]
+                s2 -= x * f2[s]
+                s3 -= x * f3[s]
+                s4 -= x * f4[s]
+                s5 -= x * f5[s]
+                s6 -= x * f6[s]
+                s7 -= x * f7[s]
+            row[i], row[i + 1], row[i + 2], row[i + 3] = s0, s1, s2, s3
+            row[i + 4], row[i + 5], row[i + 6], row[i + 7] = s4, s5, s6, s7
+            i += 8
+        while i < active:
+            f0, s0 = factor[i], row[i]
+            for s in range(old):
+                s0 -= c[s] * f0[s]
+            row[i] = s0
+            i += 1
     s = 0
-    while s + 8 <= step:  # eight at a time, so that row is read and written an eighth as often
-        a, b, c, d = factor[s, p], factor[s + 1, p], factor[s + 2, p], factor[s + 3, p]
-        e, f, g, h = factor[s + 4, p], factor[s + 5, p], factor[s + 6, p], factor[s + 7, p]
-        f0, f1, f2, f3 = factor[s], factor[s + 1], factor[s + 2], factor[s + 3]
-        f4, f5, f6, f7 = factor[s + 4], factor[s + 5], factor[s + 6], factor[s + 7]
+    while s + 4 <= step - old:
+        a, b, c, d = recent[s, p], recent[s + 1, p], recent[s + 2, p], recent[s + 3, p]
+        f0, f1, f2, f3 = recent[s], recent[s + 1], recent[s + 2], recent[s + 3]
         for i in range(active):
-            first = a * f0[i] + b * f1[i] + c * f2[i] + d * f3[i]
-            row[i] -= first + (e * f4[i] + f * f5[i] + g * f6[i] + h * f7[i])
-        s += 8
-    while s < step:
-        a = factor[s, p]
-        f0 = factor[s]
+            row[i] -= a * f0[i] + b * f1[i] + c * f2[i] + d * f3[i]
+        s += 4
+    while s < step - old:
+        a, f0 = recent[s, p], recent[s]
         for i in range(active):
             row[i] -= a * f0[i]
         s += 1
-    pivot = row[p]
-    inverse = 1.0 / np.sqrt(pivot)
+
+
+@njit(cache=True, fastmath=_FAST, boundscheck=False)
+def _drop(factor, recent, step, active, p):  # pragma: no cover - compiled
+    """Column p leaves, the last active one takes its place. Row `step` of the factor, which is row p of the inverse by the
+    root of its diagonal entry, is already in recent[step % RECENT]."""
+    last, now = active - 1, step % RECENT
+    if p != last:
+        own, other = factor[p], factor[last]
+        for s in range(step - now):
+            own[s] = other[s]
+        for s in range(now + 1):
+            recent[s, p] = recent[s, last]
+    if now == RECENT - 1:
+        _settle(factor, recent, step - now, RECENT, last)
+
+
+@njit(cache=True, fastmath=_FAST, boundscheck=False)
+def _settle(factor, recent, first, count, active):  # pragma: no cover - compiled
+    """Move `count` recent rows to the columns of the factor, from row `first` on."""
     for i in range(active):
-        row[i] *= inverse
-        diag[i] -= row[i] * row[i]
-        factor[step, i] = row[i]
-    last = active - 1
-    for s in range(step + 1):
-        factor[s, p] = factor[s, last]
-    return pivot
+        own = factor[i]
+        for s in range(count):
+            own[first + s] = recent[s, i]
 
 
 @njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
@@ -71,8 +111,8 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
 
     base: (rows or 1, n, n), filled on both sides of the diagonal where it is one for all rows. State of every row, with
     its active columns in front, changed in place: where, index, value, diag, closed (rows, cols), the last 0, or inf in
-    a full bucket. factor: (rows, steps, cols), scratch. keys: (rows, cols), scratch, integers as wide as a value: those
-    of floats above zero are in the same order, and the smallest integer is found without a branch. quota: (rows,
+    a full bucket. factor: (rows, cols, steps), of this call. keys: (rows, cols), scratch, integers as wide as a value:
+    those of floats above zero are in the same order, and the smallest integer is found without a branch. quota: (rows,
     buckets) int32, how many removals each bucket still takes; bucket: (cols,) of each column. first: removals before
     this call. order, losses: (rows, total), filled from `first` on.
     """
@@ -81,12 +121,13 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
     for r in prange(rows):
         own = base[np.int64(r) * stride]
         row = np.empty(cols, value.dtype)
+        recent = np.empty((RECENT, cols), value.dtype)
         v, d, shut, key = value[r], diag[r], closed[r], keys[r]
         score = key.view(value.dtype)
         active = cols - first
+        for i in range(active):
+            score[i] = v[i] * v[i] / d[i] + shut[i]
         for step in range(steps):
-            for i in range(active):
-                score[i] = v[i] * v[i] / d[i] + shut[i]
             least = key[0]
             for i in range(1, active):
                 least = min(least, key[i])
@@ -101,14 +142,21 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
                 for i in range(active):
                     if bucket[index[r, i]] == full:
                         shut[i] = np.inf
-            at_p = v[p]
-            pivot = _remove(own, len(base) == 1, where[r], factor[r], step, active, p, row, d)
-            move = at_p / np.sqrt(pivot)
+            _inverse_row(own, stride == 0, where[r], factor[r], recent, step, active, p, row)
+            inverse = 1 / np.sqrt(row[p])
+            move = v[p] * inverse
+            new = recent[step % RECENT]
             for i in range(active):
-                v[i] -= row[i] * move
+                x = row[i] * inverse
+                new[i] = x
+                d[i] -= x * x
+                v[i] -= x * move
+                score[i] = v[i] * v[i] / d[i] + shut[i]
+            _drop(factor[r], recent, step, active, p)
             active -= 1
             where[r, p], index[r, p] = where[r, active], index[r, active]
-            v[p], d[p], shut[p] = v[active], d[active], shut[active]
+            v[p], d[p], shut[p], score[p] = v[active], d[active], shut[active], score[active]
+        _settle(factor[r], recent, steps - steps % RECENT, steps % RECENT, active)
 
 
 @njit(cache=True, fastmath=_FAST, boundscheck=False)
@@ -144,6 +192,7 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
     for r in prange(rows):
         own = base[np.int64(r) * stride]
         row = np.empty(cols, value.dtype)
+        recent = np.empty((RECENT, cols), value.dtype)
         count = cols // size - first
         scores = np.empty(count, value.dtype)
         for b in range(count):
@@ -157,24 +206,31 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
             losses[r, first + step] = max(best, 0.0) / 2
             last = count - 1
             if chosen != last:  # bring the block to the end
+                now = step * size % RECENT
                 for k in range(size):
                     a, b = chosen * size + k, last * size + k
                     where[r, a], where[r, b] = where[r, b], where[r, a]
                     index[r, a], index[r, b] = index[r, b], index[r, a]
                     value[r, a], value[r, b] = value[r, b], value[r, a]
                     diag[r, a], diag[r, b] = diag[r, b], diag[r, a]
-                    for s in range(step * size):
-                        factor[r, s, a], factor[r, s, b] = factor[r, s, b], factor[r, s, a]
+                    for s in range(step * size - now):
+                        factor[r, a, s], factor[r, b, s] = factor[r, b, s], factor[r, a, s]
+                    for s in range(now):
+                        recent[s, a], recent[s, b] = recent[s, b], recent[s, a]
                 blocks[r, chosen] = blocks[r, last]
             for k in range(size):
-                active = count * size - k
-                at_p = value[r, active - 1]
-                pivot = _remove(
-                    own, len(base) == 1, where[r], factor[r], step * size + k, active, active - 1, row, diag[r]
-                )
-                move = at_p / np.sqrt(pivot)
+                active, now = count * size - k, step * size + k
+                p = active - 1
+                _inverse_row(own, stride == 0, where[r], factor[r], recent, now, active, p, row)
+                inverse = 1 / np.sqrt(row[p])
+                move = value[r, p] * inverse
+                new = recent[now % RECENT]
                 for i in range(active):
+                    row[i] *= inverse
+                    new[i] = row[i]
+                    diag[r, i] -= row[i] * row[i]
                     value[r, i] -= row[i] * move
+                _drop(factor[r], recent, now, active, p)
                 for b in range(last):
                     for i in range(size):
                         for j in range(size):
@@ -182,6 +238,8 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
             count -= 1
             for b in range(count):
                 scores[b] = _block_score(value[r, b * size : (b + 1) * size], blocks[r, b], size)
+        done = steps * size
+        _settle(factor[r], recent, done - done % RECENT, done % RECENT, count * size)
 
 
 @njit(cache=True, parallel=True, boundscheck=False)
@@ -215,6 +273,7 @@ def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cov
     for i in range(cols):
         diag[i] = hinv[i, i]
     factor = np.empty((cols, cols), value.dtype)
+    recent = np.empty((RECENT, cols), value.dtype)
     row = np.empty(cols, value.dtype)
     active = cols
     for step in range(cols):
@@ -232,10 +291,16 @@ def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cov
         code = min(max(np.rint(value[p] / step_size[p] + offset[p]), 0.0), top)
         codes[index[p]] = np.uint8(code)
         residual = value[p] - step_size[p] * (code - offset[p])
-        pivot = _remove(hinv, True, index, factor, step, active, p, row, diag)
-        move = residual / np.sqrt(pivot)
+        _inverse_row(hinv, True, index, factor, recent, step, active, p, row)
+        inverse = 1 / np.sqrt(row[p])
+        move = residual * inverse
+        new = recent[step % RECENT]
         for i in range(active):
-            value[i] -= row[i] * move
+            x = row[i] * inverse
+            new[i] = x
+            diag[i] -= x * x
+            value[i] -= x * move
+        _drop(factor, recent, step, active, p)
         active -= 1
         index[p], value[p], diag[p] = index[active], value[active], diag[active]
         step_size[p], offset[p] = step_size[active], offset[active]

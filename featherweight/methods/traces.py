@@ -16,10 +16,10 @@ from featherweight.methods._kernels import compact, prune_block_steps, prune_ste
 
 Array: TypeAlias = np.ndarray
 
-WIDE = 1400  # columns from which every row gets an inverse of its own, brought up to date every CHUNK columns
-CHUNK = 192
-PANEL = 1024  # columns of that update at a time: it is symmetric, so what lies above the diagonal can be left out
-TILE = 1 << 28  # bytes of thin factors and inverses that are held at a time
+WIDE = 900  # columns from which every row gets an inverse of its own, brought up to date every CHUNK columns
+CHUNK = 256
+PANEL = 256  # columns of that update at a time: it is symmetric, so what lies above the diagonal can be left out
+TILE = 1 << 25  # bytes of thin factors that are held at a time
 SAFE = 1e-4  # relative damping from which float32 is enough: it bounds the entries of the inverse, and so the rounding
 
 
@@ -99,10 +99,10 @@ class _Rows:
             base = np.repeat(base, len(self.value), axis=0)
         compact(base, self.where, active)
         for r in range(len(base)):
-            own, factor = torch.from_numpy(base[r]), torch.from_numpy(self.factor[r, :steps, :active])
+            own, factor = torch.from_numpy(base[r]), torch.from_numpy(self.factor[r, :active, :steps])
             for first in range(0, active, PANEL):
                 last = min(first + PANEL, active)
-                own[first:active, first:last].addmm_(factor[:, first:].T, factor[:, first:last], alpha=-1)
+                own[first:active, first:last].addmm_(factor[first:], factor[first:last].T, alpha=-1)
         return base
 
 
@@ -113,14 +113,14 @@ def _tiles(w: Array, inverse: Array, steps: int, size: int = 1):
     wide = cols >= WIDE and steps > CHUNK
     length = max(CHUNK // size, 1) * size if wide else steps
     each = (length * cols + (cols * cols if wide else 0)) * w.itemsize
-    height = max(TILE // max(each, 1), torch.get_num_threads())
+    height = min(max(TILE // max(each, 1), torch.get_num_threads()), rows)
+    factor = np.empty((height, cols, length), w.dtype)  # for all tiles: it stays in the cache
     for first in range(0, rows, height):
         part = slice(first, min(first + height, rows))
         count = part.stop - part.start
         columns = np.repeat(np.arange(cols, dtype=np.int32)[None], count, axis=0)
         diag = np.repeat(inverse.diagonal()[None], count, axis=0)
-        factor = np.empty((count, length, cols), w.dtype)
-        yield part, _Rows(columns, columns.copy(), w[part].copy(), diag, factor, length), inverse[None]
+        yield part, _Rows(columns, columns.copy(), w[part].copy(), diag, factor[:count], length), inverse[None]
 
 
 def channel_trace(w: Tensor, inverse: Tensor, taps: int) -> Trace:
