@@ -60,6 +60,10 @@ Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x s
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with settings and overrides")]
 Include = Annotated[list[str] | None, typer.Option(help="only weights that match this pattern (repeatable)")]
 Exclude = Annotated[list[str] | None, typer.Option(help="leave matching weights alone (repeatable)")]
+Sequential = Annotated[
+    bool | None,
+    typer.Option("--sequential/--independent", help="layers see the compressed, or the dense network's inputs"),
+]
 NoRepair = Annotated[bool, typer.Option("--no-repair", help="leave BatchNorm statistics and biases as they are")]
 BatchSize = Annotated[int, typer.Option(min=1, help="samples a batch, where the data are not batched")]
 MetricSpec = Annotated[str | None, typer.Option("--metric", help="callable metric(model, data): a number or a dict")]
@@ -86,6 +90,7 @@ def compress_command(
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
+    sequential: Sequential = None,
     no_repair: NoRepair = False,
     test: Annotated[str | None, typer.Option("--test", help="test data: accuracy is printed before and after")] = None,
     metric: MetricSpec = None,
@@ -100,7 +105,7 @@ def compress_command(
     if database is not None:
         Database.at(database)
     settings = method, bits, sparsity, pattern, group, symmetric
-    chosen = _recipe(*settings, target, recipe, include, exclude, no_repair, activations)
+    chosen = _recipe(*settings, target, recipe, include, exclude, no_repair, activations, sequential)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     unproved = output.with_name(f".{output.name}.unproved")
     try:
@@ -158,7 +163,7 @@ def plan_command(
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
     settings = method, bits, sparsity, pattern, group, symmetric
-    chosen = _recipe(*settings, target, recipe, include, exclude, False, activations)
+    chosen = _recipe(*settings, target, recipe, include, exclude, False, activations, None)
     network = make_model(model, weights)
     found = plan(network, call(data) if data else None, recipe=chosen, target=target, batch_size=batch_size)
     if as_json:
@@ -249,6 +254,7 @@ def _recipe(
     exclude: list[str] | None,
     no_repair: bool,
     activations: int | None,
+    sequential: bool | None,
 ) -> Recipe:
     """The recipe that the options name, on top of a recipe file where one is given."""
     settings: dict[str, Any] = {"method": method, "bits": bits, "sparsity": sparsity, "pattern": pattern}
@@ -266,6 +272,7 @@ def _recipe(
         include=base.include + tuple(include or ()),
         exclude=base.exclude + tuple(exclude or ()),
         repair=base.repair and not no_repair,
+        sequential=base.sequential if sequential is None else sequential,
     )
 
 

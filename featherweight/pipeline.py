@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,16 @@ from featherweight.artifact.schema import is_foldable
 from featherweight.artifact.write import to_bytes
 from featherweight.data import Batch, batches, check
 from featherweight.database import Database
-from featherweight.errors import FeatherweightError, InfeasibleError, SolveError, UsageError
+from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
 from featherweight.layers import LeftAlone, Scan, Unit, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution, Status
 from featherweight.recipe import Recipe, assign, input_bits
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
+from featherweight.solve import Progress, Work, assembled, followers, solved
 from featherweight.stats import LayerStats, capture
 from featherweight.target import Baselines, baselines, target_bytes
 from featherweight.weights.base import float_type
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told of (stage, steps done, steps in all) as the work goes on."""
 
 SPILL = 2 << 30  # statistics over this many bytes are kept in files instead of memory
 RATE = 4e9  # multiply-adds a second that the time estimate assumes
@@ -128,12 +126,14 @@ def compress(
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         with _timed(seconds, "capture"):
-            stats = _captured(net, samples, found.units, Path(folder), progress)
+            in_order = followers(net, samples, found.units, methods) if recipe.sequential else ()
+            stats = _captured(net, samples, tuple(u for u in found.units if u not in in_order), Path(folder), progress)
             grids, float_inputs = calibrate(net, samples, found.units, wanted)
             net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
         while True:
             with _timed(seconds, "solve"):
-                solutions, reused = _solved(net, found, methods, stats, progress, store)
+                work = Work(methods, store, progress, len(found.units))
+                solutions = solved(work, net, found.units, stats, in_order, samples, grids)
             with _timed(seconds, "repair"):
                 judged = samples if recipe.repair else []
                 small, outcome = _repaired(net, found, solutions, grids, judged, progress)
@@ -159,7 +159,8 @@ def compress(
         seconds,
         before,
         after,
-        reused=reused,
+        reused=None if store is None else work.reused,
+        in_order=len(in_order),
         float_inputs=float_inputs,
     )
     return Compressed(artifact, report)
@@ -262,34 +263,6 @@ def _captured(
     return capture(net, samples, units, spill=folder if size > SPILL else None, on_batch=on_batch)
 
 
-def _solved(
-    net: nn.Module,
-    found: Scan,
-    methods: dict[str, Method],
-    stats: dict[str, LayerStats],
-    progress: Progress,
-    store: Database | None,
-) -> tuple[dict[str, Solution], int | None]:
-    """Solutions by unit name, and how many came from the database, where there is one."""
-    solutions, reused = {}, 0
-    for i, unit in enumerate(found.units):
-        progress("solve", i, len(found.units))
-        method, w = methods[unit.name], unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
-        try:
-            if store is None:
-                solution = method.solve(w, stats[unit.name])
-            else:
-                solution, known = store.solve(method, w, stats[unit.name])
-                reused += known
-        except SolveError as error:
-            raise SolveError(f"{unit.name}: {error}") from error
-        if solution.status == Status.UNREACHED and isinstance(method, Rtn | Magnitude):
-            solution = replace(solution, status=Status.SOLVED)  # these do not look at the inputs
-        solutions[unit.name] = solution
-    progress("solve", len(found.units), len(found.units))
-    return solutions, None if store is None else reused
-
-
 def _repaired(
     net: nn.Module,
     found: Scan,
@@ -300,7 +273,7 @@ def _repaired(
 ) -> tuple[nn.Module, Repair]:
     """The assembled network with its inputs rounded, corrected where there are samples, its other buffers as they
     were."""
-    small = assembled(net, found, solutions)
+    small = assembled(net, found.units, solutions)
     simulate(small, grids)
     if not samples:
         return small, Repair("none", False, None, None, 0, 0, "switched off or no data")
@@ -317,15 +290,6 @@ def _repaired(
 def _tensors(net: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and persistent buffer."""
     return {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
-
-
-@torch.no_grad()
-def assembled(net: nn.Module, found: Scan, solutions: dict[str, Solution]) -> nn.Module:
-    """A copy of the network with the decoded weights in place."""
-    small = copy.deepcopy(net)
-    for unit in found.units:
-        small.get_parameter(unit.name).copy_(unit.view.tensor(solutions[unit.name].weight.dense()))
-    return small
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ class Override:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Which weights are compressed, and how: `method`, unless an override matches (the last one that does wins).
-    activations: bits of the compressed weights' inputs, 2 to 8; None or 0 keeps all inputs in float."""
+    activations: bits of the compressed weights' inputs, 2 to 8; None or 0 keeps all inputs in float. sequential: solve
+    each layer on the inputs that the compressed layers before it give, not on those of the dense network."""
 
     method: Method
     overrides: tuple[Override, ...] = ()
@@ -61,6 +62,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     repair: bool = True
     activations: int | None = None
+    sequential: bool = True
 
     def __post_init__(self) -> None:
         _check_activations(self.activations)
@@ -159,8 +161,8 @@ def _number(value: Any, name: str) -> float:
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe from a TOML file: the settings of `method_of` at the top, `include` and `exclude` lists of patterns,
-    `repair = false` to leave statistics alone, `activations = 8` to round inputs, and any number of `[[override]]`
-    tables with `match` and settings, `activations` among them.
+    `repair` and `sequential`, true or false, `activations = 8` to round inputs, and any number of `[[override]]` tables
+    with `match` and settings, `activations` among them.
 
     Raises:
         UsageError: the file is missing, no TOML, or has a wrong entry; the message names it.
@@ -180,7 +182,8 @@ def read_recipe(path: Path) -> Recipe:
 def recipe_of(content: Mapping[str, Any]) -> Recipe:
     """Like `read_recipe`, of the parsed content. Overrides inherit every setting they do not give, unless they name
     another method."""
-    top = {k: v for k, v in content.items() if k not in ("override", "include", "exclude", "repair", "activations")}
+    apart = ("override", "include", "exclude", "repair", "activations", "sequential")
+    top = {k: v for k, v in content.items() if k not in apart}
     overrides = []
     tables = content.get("override", [])
     if not isinstance(tables, list) or not all(isinstance(t, dict) and isinstance(t.get("match"), str) for t in tables):
@@ -189,11 +192,18 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
         own = {k: v for k, v in table.items() if k not in ("match", "activations")}
         method = method_of(own if "method" in own else top | own)
         overrides.append(Override(table["match"], method, table.get("activations")))
-    repair = content.get("repair", True)
-    if not isinstance(repair, bool):
-        raise UsageError(f"repair must be true or false, got {repair!r}")
-    patterns = [_patterns(content, key) for key in ("include", "exclude")]
-    return Recipe(method_of(top), tuple(overrides), *patterns, repair=repair, activations=content.get("activations"))
+    for key in ("repair", "sequential"):
+        if not isinstance(content.get(key, True), bool):
+            raise UsageError(f"{key} must be true or false, got {content[key]!r}")
+    return Recipe(
+        method_of(top),
+        tuple(overrides),
+        _patterns(content, "include"),
+        _patterns(content, "exclude"),
+        content.get("repair", True),
+        content.get("activations"),
+        content.get("sequential", True),
+    )
 
 
 def _patterns(content: Mapping[str, Any], key: str) -> tuple[str, ...]:

@@ -175,7 +175,7 @@ def test_every_field_counts_also_those_of_tomorrow():
     ("where", "what"),
     [
         (database, "VERSION"),
-        (database, "FORMAT"),
+        (database, "VERSIONS"),
         (database, "CODE"),
         (torch, "__version__"),
         (database.numba, "__version__"),

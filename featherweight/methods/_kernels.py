@@ -82,8 +82,8 @@ def _inverse_row(base, whole, where, factor, recent, step, active, p, row):  # p
 
 @njit(cache=True, fastmath=_FAST, boundscheck=False)
 def _drop(factor, recent, step, active, p):  # pragma: no cover - compiled
-    """Column p leaves, the last active one takes its place. Row `step` of the factor, which is row p of the inverse by the
-    root of its diagonal entry, is already in recent[step % RECENT]."""
+    """Column p leaves, the last active one takes its place. recent[step % RECENT] holds the factor's row `step` by now:
+    row p of the inverse by the root of its diagonal entry."""
     last, now = active - 1, step % RECENT
     if p != last:
         own, other = factor[p], factor[last]

@@ -26,6 +26,7 @@ from featherweight.methods import gptq
 from featherweight.methods._kernels import polish_rows, quantize_kept_rows, quantize_rows
 from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.grids import GridSpec, Points, choose
+from featherweight.methods.traces import SAFE
 from featherweight.stats import LayerStats
 from featherweight.weights import Sparse
 
@@ -59,7 +60,8 @@ class Obq:
         points = choose(start, self.grid, gptq.input_power(seen, w.shape), keep)
         hessian, _, damp = damped_cholesky(seen.gram, self.damp)
         by_power, _ = gptq.quantize(start, hessian, points, 0.0, True, keep)
-        first = polish(w, hessian, points, greedy(start, hessian, points, keep), keep)
+        dtype = torch.float32 if damp >= SAFE else torch.float64
+        first = polish(w, hessian, points, greedy(start, hessian, points, keep, dtype), keep)
         second = polish(w, hessian, points, by_power, keep)
         better = row_errors(w, hessian, points, first, keep) <= row_errors(w, hessian, points, second, keep)
         codes = torch.where(better[:, None], first, second)
@@ -77,20 +79,26 @@ class Obq:
         return gptq.Gptq(self.grid).work(shape, blocks) + rows * cols**3 / 6 + 40 * rows * cols**2
 
 
-def greedy(w: Tensor, hessian: Tensor, points: Points, keep: Tensor | None = None) -> Tensor:
+def greedy(
+    w: Tensor, hessian: Tensor, points: Points, keep: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """The paper's algorithm: codes (rows, cols) uint8 for w (rows, cols) under hessian (blocks, cols, cols). Each row
-    of a pruned layer is solved on its own support, with the inverse of the Hessian restricted to it."""
+    of a pruned layer is solved on its own support, with the inverse of the Hessian restricted to it, in float64; dtype
+    is the precision of the others."""
     codes = torch.zeros(w.shape, dtype=torch.uint8)
     scale, zero = points.entries()
     top = float(2**points.spec.bits - 1)
     rows = w.shape[0] // hessian.shape[0]
     for b, h in enumerate(hessian):
         block = slice(b * rows, (b + 1) * rows)
-        w_rows, scales, zeros = (_array(t[block]) for t in (w, scale, zero))
         if keep is None:
-            hinv = torch.cholesky_inverse(torch.linalg.cholesky(h))
-            codes[block] = torch.from_numpy(quantize_rows(w_rows, _array(hinv), scales, zeros, top))
+            hinv = (
+                torch.cholesky_inverse(torch.linalg.cholesky(h)) * h.diagonal().mean()
+            )  # far from the ends of float32
+            arrays = (_array(t.to(dtype)) for t in (w[block], hinv, scale[block], zero[block]))
+            codes[block] = torch.from_numpy(quantize_rows(*arrays, top))
         else:
+            w_rows, scales, zeros = (_array(t[block]) for t in (w, scale, zero))
             kept = _array(keep[block])
             codes[block] = torch.from_numpy(quantize_kept_rows(w_rows, _array(h), scales, zeros, kept, top))
     return codes

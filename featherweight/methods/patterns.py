@@ -184,8 +184,11 @@ def keep_largest(score: Tensor, pattern: Pattern, taps: int, groups: int) -> Ten
         case NM():
             columns = channel_groups(cols, taps, pattern.m)
             scores = torch.where(columns >= 0, grouped(score, columns), -math.inf)
-            rank = scores.argsort(dim=2, stable=True).argsort(dim=2)
-            return ungrouped(rank >= pattern.m - pattern.n, columns, cols)
+            places = torch.arange(pattern.m)
+            ahead = (scores[..., None, :] > scores[..., None]) | (  # of each place, which are kept rather than it
+                (scores[..., None, :] == scores[..., None]) & (places > places[:, None])
+            )
+            return ungrouped(ahead.sum(dim=3) < pattern.n, columns, cols)
         case Rows():
             return _without_smallest(score.sum(dim=1), count)[:, None].expand(rows, cols).contiguous()
         case Channels():
@@ -195,6 +198,10 @@ def keep_largest(score: Tensor, pattern: Pattern, taps: int, groups: int) -> Ten
 
 
 def _without_smallest(score: Tensor, count: int) -> Tensor:
-    keep = torch.ones(len(score), dtype=torch.bool)
-    keep[score.argsort(stable=True)[:count]] = False
+    if count == 0:
+        return torch.ones(len(score), dtype=torch.bool)
+    edge = score.kthvalue(count).values  # several times faster than sorting
+    keep = score > edge
+    ties = (score == edge).nonzero()[:, 0]
+    keep[ties[count - int((score < edge).sum()) :]] = True
     return keep

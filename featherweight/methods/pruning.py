@@ -32,6 +32,7 @@ from featherweight.weights import Dense, Sparse
 from featherweight.weights.base import float_type
 from featherweight.weights.masks import channel_groups, ungrouped
 
+TRACE = 0.25  # time of a multiply-add of a trace, in those of other work
 LAPACK = 400  # columns from which a row's refit is worth a call of its own
 
 
@@ -111,8 +112,18 @@ class Obs:
     def prune(self, w: Tensor, stats: LayerStats) -> Pruned:
         return self.levels(w, stats, [self.pattern])[0]
 
-    def levels(self, w: Tensor, stats: LayerStats, wanted: Sequence[Pattern]) -> list[Pruned]:
-        """Several sparsities of one pattern, from one trace that is as long as the highest needs.
+    def trace(self, w: Tensor, stats: LayerStats) -> Trace:
+        """The whole trace of the pattern: all that is needed for any sparsity of it. Order and losses, 12 bytes a
+        weight at most."""
+        seen, w = usable(stats), w.double()
+        hessian, factor, damp = damped_cholesky(seen.gram, self.damp)
+        steps = _steps(self.pattern, (w.shape[0], w.shape[1]), seen.taps)
+        return _traced(w, hessian, factor, self.pattern, seen, steps, damp)
+
+    def levels(
+        self, w: Tensor, stats: LayerStats, wanted: Sequence[Pattern], found: Trace | None = None
+    ) -> list[Pruned]:
+        """Several sparsities of one pattern, from the given trace, or from one that is as long as the highest needs.
 
         Raises:
             UsageError: a wanted pattern is of another kind or size.
@@ -124,12 +135,13 @@ class Obs:
         hessian, factor, damp = damped_cholesky(seen.gram, self.damp)
         shape = w.shape[0], w.shape[1]
         counts = [patterns.removals(p, shape, seen.taps, seen.blocks) for p in wanted]
-        total = _steps(self.pattern, shape, seen.taps)
-        highest = max(p.sparsity for p in wanted) if isinstance(self.pattern, Unstructured | Blocks) else 1.0
-        steps = math.ceil(total * (1 + highest) / 2)
-        found = _traced(w, hessian, factor, self.pattern, seen, steps, damp)
-        if steps < total and any((global_step(found.losses, c) == steps).any() for c in counts):
-            found = _traced(w, hessian, factor, self.pattern, seen, total, damp)  # a row went to the end of its trace
+        if found is None:
+            total = _steps(self.pattern, shape, seen.taps)
+            highest = max(p.sparsity for p in wanted) if isinstance(self.pattern, Unstructured | Blocks) else 1.0
+            steps = math.ceil(total * (1 + highest) / 2)
+            found = _traced(w, hessian, factor, self.pattern, seen, steps, damp)
+            if steps < total and any((global_step(found.losses, c) == steps).any() for c in counts):
+                found = _traced(w, hessian, factor, self.pattern, seen, total, damp)  # some row ends with its trace
         keeps = [_mask(found, self.pattern, seen, c, shape) for c in counts]
         return [Pruned(refit(w, hessian, keep), keep, damp) for keep in keeps]
 
@@ -142,7 +154,7 @@ class Obs:
     def work(self, shape: tuple[int, int], blocks: int) -> float:
         rows, cols = shape
         refits = rows * cols**3 / 3 * min(self.pattern.sparsity, 1 - self.pattern.sparsity) ** 3
-        return rows * cols**3 / 6 + refits + 2 * blocks * cols**3
+        return rows * cols**3 / 6 * TRACE + refits + 2 * blocks * cols**3
 
 
 @final

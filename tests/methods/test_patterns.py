@@ -181,6 +181,9 @@ def test_several_levels_from_one_trace_are_what_each_would_be():
             alone = Obs(pattern, damp=0.01).prune(w, stats)
             assert torch.equal(level.keep, alone.keep)
             assert torch.equal(level.weights, alone.weights)
+        whole = Obs(wanted[0], damp=0.01).trace(w, stats)
+        again = Obs(wanted[0], damp=0.01).levels(w, stats, wanted, whole)
+        assert all(torch.equal(a.weights, b.weights) for a, b in zip(again, together, strict=True))
     with pytest.raises(UsageError, match="all levels"):
         Obs(Blocks(0.5, 2)).levels(w, stats, [Blocks(0.5, 4)])
 

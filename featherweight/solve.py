@@ -1,0 +1,106 @@
+"""A solution for every weight, from the dense network's inputs or, layer by layer, from those of the compressed one."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.activations import ActivationGrid, simulate
+from featherweight.data import Batch
+from featherweight.database import Database
+from featherweight.errors import SolveError
+from featherweight.layers import Unit
+from featherweight.methods import Magnitude, Method, Rtn, Solution, Status
+from featherweight.repair.correct import stacked
+from featherweight.sequential import single_use, solve_in_order
+from featherweight.stats import LayerStats
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told of (stage, steps done, steps in all) as the work goes on."""
+
+
+@final
+@dataclass(slots=True)
+class Work:
+    """What solving needs beside the layers, and how far it is. reused: solutions that came from the database."""
+
+    methods: Mapping[str, Method]
+    store: Database | None
+    progress: Progress
+    total: int
+    done: int = 0
+    reused: int = 0
+
+    def solve(self, unit: Unit, w: Tensor, stats: LayerStats) -> Solution:
+        method, known = self.methods[unit.name], False
+        self.progress("solve", self.done, self.total)
+        try:
+            if self.store is None:
+                solution = method.solve(w, stats)
+            else:
+                solution, known = self.store.solve(method, w, stats)
+        except SolveError as error:
+            raise SolveError(f"{unit.name}: {error}") from error
+        self.done += 1
+        self.reused += known
+        self.progress("solve", self.done, self.total)
+        if solution.status == Status.UNREACHED and not needs_inputs(method):
+            return replace(solution, status=Status.SOLVED)
+        return solution
+
+
+def needs_inputs(method: Method) -> bool:
+    """Whether a method looks at the inputs of a layer at all."""
+    return not isinstance(method, Rtn | Magnitude)
+
+
+def followers(
+    net: nn.Module, samples: Sequence[Batch], units: Sequence[Unit], methods: Mapping[str, Method]
+) -> tuple[Unit, ...]:
+    """The units that are solved on the inputs that the compressed network gives them."""
+    if not samples:
+        return ()
+    return tuple(u for u in single_use(net, samples[0], units) if needs_inputs(methods[u.name]))
+
+
+def solved(
+    work: Work,
+    net: nn.Module,
+    units: Sequence[Unit],
+    stats: Mapping[str, LayerStats],
+    in_order: Sequence[Unit],
+    samples: Sequence[Batch],
+    grids: Mapping[str, ActivationGrid],
+) -> dict[str, Solution]:
+    """Solutions by unit name, in the order of `units`: first those that have `stats`, then those of `in_order`."""
+    found: dict[str, Solution] = {}
+    for unit in units:
+        if unit.name in stats:
+            found[unit.name] = work.solve(unit, matrix(net, unit), stats[unit.name])
+    if in_order:
+        small = assembled(net, [u for u in units if u.name in found], found)
+        simulate(small, grids)
+
+        def solve(unit: Unit, w: Tensor, moments: LayerStats) -> Tensor:
+            found[unit.name] = work.solve(unit, w, moments)
+            return found[unit.name].weight.dense()
+
+        batch, _ = stacked(samples, net)
+        solve_in_order(net, small, batch, in_order, solve)
+    return {u.name: found[u.name] for u in units}
+
+
+def matrix(net: nn.Module, unit: Unit) -> Tensor:
+    return unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
+
+
+@torch.no_grad()
+def assembled(net: nn.Module, units: Sequence[Unit], solutions: Mapping[str, Solution]) -> nn.Module:
+    """A copy of the network with the decoded weights in place."""
+    small = copy.deepcopy(net)
+    for unit in units:
+        small.get_parameter(unit.name).copy_(unit.view.tensor(solutions[unit.name].weight.dense()))
+    return small
