@@ -53,7 +53,7 @@ def quantize(w: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, top: int, 
             diag = own.diagonal(dim1=1, dim2=2)
             p = torch.where(done, torch.inf, error**2 / diag).argmin(dim=1)
             worst, outlier = error.max(dim=1)
-            p = torch.where(worst > s[:, 0] * 0.5000001, outlier, p)
+            p = torch.where(worst > s[:, 0] * 0.5001, outlier, p)
             row, pivot = own[every, p], diag[every, p]
             out[every, p] = rounded[every, p]
             part -= row * ((part[every, p] - rounded[every, p]) / pivot)[:, None]

@@ -284,7 +284,7 @@ def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cov
             score = error * error / diag[i]
             if score < best:
                 p, best = i, score
-            if error > 0.5000001 * step_size[i] and error > worst:  # rounding noise is no outlier
+            if error > 0.5001 * step_size[i] and error > worst:  # rounding noise is no outlier
                 outlier, worst = i, error
         if outlier >= 0:
             p = outlier

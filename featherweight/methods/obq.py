@@ -92,11 +92,12 @@ def greedy(
     for b, h in enumerate(hessian):
         block = slice(b * rows, (b + 1) * rows)
         if keep is None:
-            hinv = (
-                torch.cholesky_inverse(torch.linalg.cholesky(h)) * h.diagonal().mean()
-            )  # far from the ends of float32
-            arrays = (_array(t.to(dtype)) for t in (w[block], hinv, scale[block], zero[block]))
-            codes[block] = torch.from_numpy(quantize_rows(*arrays, top))
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+            inverse *= h.diagonal().mean()  # far from the ends of float32
+            w_rows, shared, scales, zeros = (
+                _array(t.to(dtype)) for t in (w[block], inverse, scale[block], zero[block])
+            )
+            codes[block] = torch.from_numpy(quantize_rows(w_rows, shared, scales, zeros, top))
         else:
             w_rows, scales, zeros = (_array(t[block]) for t in (w, scale, zero))
             kept = _array(keep[block])
