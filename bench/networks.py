@@ -75,7 +75,7 @@ NETWORKS = {  # network: (calibration data, test data, settings)
             "--method obq --bits 3 --group 256",
             "--method gptq --bits 4 --group 256",
             "--method gptq --bits 8",
-            "--method obq --bits 3 --group 256 --independent",
+            "--method obq --bits 3 --group 256 --sequential",
         ],
     ),
 }
@@ -122,26 +122,35 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def place(line: dict[str, Any]) -> tuple[int, int]:
+    """Where a line of the table belongs."""
+    every = NETWORKS[line["network"]][2]
+    own = line["settings"]
+    return list(NETWORKS).index(line["network"]), every.index(own) if own in every else len(every)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=NETWORKS, action="append")
+    parser.add_argument("--settings", action="append", help="only these of its settings; the other lines stay")
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     store = RESULTS / "networks.json"
     chosen = options.only or list(NETWORKS)
     kept = json.loads(store.read_text())["lines"] if store.exists() else []
-    lines = [x for x in kept if x["network"] not in chosen]
+    again = {(n, s) for n in chosen for s in NETWORKS[n][2] if options.settings is None or s in options.settings}
+    lines = [x for x in kept if (x["network"], x["settings"]) not in again]
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
     )
     for network in chosen:
         calibration, test, every = NETWORKS[network]
         with tempfile.TemporaryDirectory() as folder:
-            for settings in every:
+            for settings in (s for s in every if (network, s) in again):
                 lines.append(measure(options.zoo, network, calibration, test, settings, Path(folder) / "small.fw"))
                 print(table(lines[-1:]).splitlines()[-1], flush=True)
-                lines.sort(key=lambda x: list(NETWORKS).index(x["network"]))
+                lines.sort(key=place)
                 store.write_text(json.dumps({"machine": machine, "lines": lines}, indent=1) + "\n")
                 (RESULTS / "networks.md").write_text(table(lines))
 

@@ -28,8 +28,7 @@ from featherweight.target import target_bytes
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "NM",
+__all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "ActivationGrid",
     "Admm",
     "Blocks",
@@ -41,6 +40,7 @@ __all__ = [
     "GridSpec",
     "InfeasibleError",
     "Magnitude",
+    "NM",
     "Obq",
     "Obs",
     "Override",

@@ -25,7 +25,7 @@ from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solutio
 from featherweight.recipe import Recipe, assign, input_bits
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
-from featherweight.solve import Progress, Work, assembled, followers, solved
+from featherweight.solve import Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats, capture
 from featherweight.target import Baselines, baselines, target_bytes
 from featherweight.weights.base import float_type
@@ -126,14 +126,17 @@ def compress(
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         with _timed(seconds, "capture"):
-            in_order = followers(net, samples, found.units, methods) if recipe.sequential else ()
-            stats = _captured(net, samples, tuple(u for u in found.units if u not in in_order), Path(folder), progress)
+            then = order(net, samples, found.units, methods, recipe.sequential)
+            stats = _captured(
+                net, samples, tuple(u for u in found.units if u not in then.units), Path(folder), progress
+            )
             grids, float_inputs = calibrate(net, samples, found.units, wanted)
             net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
         while True:
             with _timed(seconds, "solve"):
                 work = Work(methods, store, progress, len(found.units))
-                solutions = solved(work, net, found.units, stats, in_order, samples, grids)
+                solutions = solved(work, net, found.units, stats, then, grids)
+                net.load_state_dict(original, strict=False)
             with _timed(seconds, "repair"):
                 judged = samples if recipe.repair else []
                 small, outcome = _repaired(net, found, solutions, grids, judged, progress)
@@ -160,7 +163,8 @@ def compress(
         before,
         after,
         reused=None if store is None else work.reused,
-        in_order=len(in_order),
+        in_order=len(then.units),
+        order_note=then.note,
         float_inputs=float_inputs,
     )
     return Compressed(artifact, report)

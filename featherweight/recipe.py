@@ -54,7 +54,8 @@ class Override:
 class Recipe:
     """Which weights are compressed, and how: `method`, unless an override matches (the last one that does wins).
     activations: bits of the compressed weights' inputs, 2 to 8; None or 0 keeps all inputs in float. sequential: solve
-    each layer on the inputs that the compressed layers before it give, not on those of the dense network."""
+    each layer on the inputs that the compressed layers before it give, not on those of the dense network; None does so
+    where all samples fit into one pass."""
 
     method: Method
     overrides: tuple[Override, ...] = ()
@@ -62,7 +63,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     repair: bool = True
     activations: int | None = None
-    sequential: bool = True
+    sequential: bool | None = None
 
     def __post_init__(self) -> None:
         _check_activations(self.activations)
@@ -202,7 +203,7 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
         _patterns(content, "exclude"),
         content.get("repair", True),
         content.get("activations"),
-        content.get("sequential", True),
+        content.get("sequential"),
     )
 
 

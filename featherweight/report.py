@@ -40,8 +40,9 @@ class Report:
     """The result of `compress`. file_bytes: the whole file. before, after: the metrics of the dense network and of
     the network read back, where one was given. rest: how the other tensors are stored. damping: what each
     layer's Hessian took, relative to its mean diagonal. seconds: by stage. reused: how many weights came solved from
-    the database, None where there was none. in_order: how many were solved on the compressed network's inputs.
-    float_inputs: where inputs are rounded, the weights whose inputs are not, and why."""
+    the database, None where there was none. in_order: how many were solved on the compressed network's inputs;
+    order_note: why on fewer samples, or not at all. float_inputs: where inputs are rounded, the weights whose inputs
+    are not, and why."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -55,6 +56,7 @@ class Report:
     after: dict[str, float] = field(default_factory=dict)
     reused: int | None = None
     in_order: int = 0
+    order_note: str = ""
     float_inputs: tuple[FloatInput, ...] = ()
 
     @property
@@ -171,9 +173,10 @@ def summary(report: Report, where: str) -> Group:
     notes = [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
     if report.reused is not None:
         notes.append(Text(f"{report.reused} of {len(report.rows)} weights came solved from the database"))
-    if report.in_order:
-        where_from = "solved on the inputs that the compressed layers before them give"
-        notes.append(Text(f"{report.in_order} of {len(report.rows)} weights {where_from}", style="dim"))
+    if report.in_order or report.order_note:
+        what = "solved on the inputs that the compressed layers before them give"
+        note = f" ({report.order_note})" if report.order_note else ""
+        notes.append(Text(f"{report.in_order} of {len(report.rows)} weights {what}{note}", style="dim"))
     notes += float_inputs_lines(report.float_inputs)
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     return Group(*notes, Text(repair_line(report.repair)), Text(times, style="dim"), Text(), sizes)

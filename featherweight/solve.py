@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from featherweight.activations import ActivationGrid, simulate
 from featherweight.data import Batch
 from featherweight.database import Database
-from featherweight.errors import SolveError
+from featherweight.errors import SolveError, UsageError
 from featherweight.layers import Unit
 from featherweight.methods import Magnitude, Method, Rtn, Solution, Status
 from featherweight.repair.correct import stacked
@@ -57,13 +57,36 @@ def needs_inputs(method: Method) -> bool:
     return not isinstance(method, Rtn | Magnitude)
 
 
-def followers(
-    net: nn.Module, samples: Sequence[Batch], units: Sequence[Unit], methods: Mapping[str, Method]
-) -> tuple[Unit, ...]:
-    """The units that are solved on the inputs that the compressed network gives them."""
-    if not samples:
-        return ()
-    return tuple(u for u in single_use(net, samples[0], units) if needs_inputs(methods[u.name]))
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """The units that are solved on the inputs that the compressed network gives them, and the samples for that, in one
+    batch. note: why they are not all, for people."""
+
+    units: tuple[Unit, ...] = ()
+    batch: Batch | None = None
+    note: str = ""
+
+
+def order(
+    net: nn.Module,
+    samples: Sequence[Batch],
+    units: Sequence[Unit],
+    methods: Mapping[str, Method],
+    wanted: bool | None,
+) -> Order:
+    """What is solved in order. wanted: whether it is asked for; None means where all samples fit into one pass: with
+    fewer, the dense network's inputs, from all of them, are the better guide (docs/decisions/0008)."""
+    if not samples or wanted is False:
+        return Order()
+    try:
+        batch, note = stacked(samples, net)
+        if wanted is None and note:
+            return Order(note=f"one pass {note}, too few")
+        chosen = tuple(u for u in single_use(net, batch, units) if needs_inputs(methods[u.name]))
+    except (UsageError, RuntimeError) as error:  # a network that works on single batches may refuse a joined one
+        return Order(note=f"the network does not accept joined batches: {error}"[:200])
+    return Order(chosen, batch if chosen else None, note if chosen else "")
 
 
 def solved(
@@ -71,16 +94,16 @@ def solved(
     net: nn.Module,
     units: Sequence[Unit],
     stats: Mapping[str, LayerStats],
-    in_order: Sequence[Unit],
-    samples: Sequence[Batch],
+    then: Order,
     grids: Mapping[str, ActivationGrid],
 ) -> dict[str, Solution]:
-    """Solutions by unit name, in the order of `units`: first those that have `stats`, then those of `in_order`."""
+    """Solutions by unit name, in the order of `units`: first of those that have `stats`, then of those in order."""
     found: dict[str, Solution] = {}
     for unit in units:
         if unit.name in stats:
-            found[unit.name] = work.solve(unit, matrix(net, unit), stats[unit.name])
-    if in_order:
+            w = unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
+            found[unit.name] = work.solve(unit, w, stats[unit.name])
+    if then.batch is not None:
         small = assembled(net, [u for u in units if u.name in found], found)
         simulate(small, grids)
 
@@ -88,13 +111,8 @@ def solved(
             found[unit.name] = work.solve(unit, w, moments)
             return found[unit.name].weight.dense()
 
-        batch, _ = stacked(samples, net)
-        solve_in_order(net, small, batch, in_order, solve)
+        solve_in_order(net, small, then.batch, then.units, solve)
     return {u.name: found[u.name] for u in units}
-
-
-def matrix(net: nn.Module, unit: Unit) -> Tensor:
-    return unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
 
 
 @torch.no_grad()

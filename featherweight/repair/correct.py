@@ -29,7 +29,7 @@ from featherweight.layers import Unit
 from featherweight.repair.distance import output_distance
 
 SAMPLES = 1024  # at most, for the pass in order
-MEMORY = 2 << 30  # bytes that the pass may take, estimated
+MEMORY = 4 << 30  # bytes that the pass may take, estimated
 RATIO = 4.0  # a variance is changed by at most this factor
 
 
