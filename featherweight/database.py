@@ -25,7 +25,9 @@ from featherweight.artifact import Artifact, StoredUnit, read, write
 from featherweight.artifact.schema import VERSIONS
 from featherweight.errors import FormatError, UsageError
 from featherweight.layers import View
-from featherweight.methods import Method, Solution, Status
+from featherweight.methods import Method, Obs, Prune, PruneQuantize, Rows, Solution, Status
+from featherweight.methods.patterns import whole
+from featherweight.methods.traces import Trace
 from featherweight.stats import LayerStats
 
 VERSION = 1  # of what an entry means
@@ -89,7 +91,7 @@ class Database:
         found = self._entry(key, lambda entry: _solution(entry, (w.shape[0], w.shape[1])))
         if found is not None:
             return found, True
-        solution = method.solve(w, stats)
+        solution = self._solve(method, w, stats)
         shown = solution.relative_error if math.isfinite(solution.relative_error) else None
         unit = StoredUnit(("weight",), View((w.shape[0], w.shape[1])), solution.weight, method.label, shown)
         facts = {
@@ -100,6 +102,22 @@ class Database:
         }
         self._keep(key, Artifact((unit,), {}, (), facts))
         return solution, False
+
+    def _solve(self, method: Method, w: Tensor, stats: LayerStats) -> Solution:
+        """With the trace of the layer where the method makes one: it serves every sparsity."""
+        pruner = method.prune if isinstance(method, PruneQuantize) else method
+        if not isinstance(pruner, Obs | Prune) or isinstance(pruner.pattern, Rows):
+            return method.solve(w, stats)
+        exact = Obs(whole(pruner.pattern), pruner.damp)
+        key = fingerprint("trace", exact, w, stats)
+        kept = self.tensors(key)
+        if kept is None:
+            found = exact.trace(w, stats)
+            self.keep(key, {"order": found.order, "losses": found.losses}, {"trace": exact.label})
+        else:
+            found = Trace(kept["order"], kept["losses"])
+        assert isinstance(method, Obs | Prune | PruneQuantize)
+        return method.solve(w, stats, found)
 
     def tensors(self, key: str) -> dict[str, Tensor] | None:
         """What `keep` was given under this key, bit for bit; None where there is nothing usable."""

@@ -19,11 +19,13 @@ from featherweight.cli import main
 from featherweight.database import PACKAGE, SOURCES, Database, DatabaseWarning, fingerprint
 from featherweight.errors import SolveError, UsageError
 from featherweight.methods import (
+    Blocks,
     Gptq,
     GridSpec,
     Magnitude,
     Obq,
     Obs,
+    Prune,
     PruneQuantize,
     Rtn,
     Solution,
@@ -503,3 +505,29 @@ def test_the_command_line(tmp_path, capsys):
     assert code == 2
     assert "is not a folder" in err
     assert main(["inspect", str(sorted(folder.iterdir())[0])]) == 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda s: Obs(Unstructured(s)),
+        lambda s: Obs(Blocks(s, 2)),
+        lambda s: Prune(Unstructured(s)),
+        lambda s: PruneQuantize(Obs(Unstructured(s)), Gptq(GridSpec(4))),
+    ],
+)
+def test_another_sparsity_costs_no_new_trace(tmp_path, monkeypatch, method):
+    w, stats = problem(6, 14)
+    store = Database.at(tmp_path)
+    store.solve(method(0.5), w, stats)
+    assert len(list(tmp_path.glob("trace-*.fw"))) == 1
+    monkeypatch.setattr(Obs, "trace", lambda *_: pytest.fail("traced again"))
+    monkeypatch.setattr("featherweight.methods.pruning._traced", lambda *_: pytest.fail("traced again"))
+    solution, known = store.solve(method(0.7), w, stats)
+    monkeypatch.undo()
+    assert not known
+    alone = method(0.7).solve(w, stats)
+    assert all(torch.equal(t, alone.weight.tensors()[n]) for n, t in solution.weight.tensors().items())
+    monkeypatch.setattr(Obs, "trace", lambda *_: pytest.fail("traced again"))
+    with pytest.raises(pytest.fail.Exception, match="traced again"):
+        store.solve(method(0.7), w * 1.5, stats)

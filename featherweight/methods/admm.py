@@ -25,7 +25,7 @@ from featherweight.methods import patterns
 from featherweight.methods.base import Solution, output_energy, usable
 from featherweight.methods.patterns import Pattern, Rows
 from featherweight.methods.pruning import Obs, Pruned, refit, solved, storage, without_dead
-from featherweight.methods.traces import SAFE
+from featherweight.methods.traces import SAFE, Trace
 from featherweight.stats import LayerStats
 
 ITERATIONS = 400  # at most
@@ -57,7 +57,7 @@ class Admm:
     def label(self) -> str:
         return f"admm {self.pattern.label}"
 
-    def prune(self, w: Tensor, stats: LayerStats) -> Pruned:
+    def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
         seen, w = usable(stats), w.double()
         hessian, _, damp = damped_cholesky(seen.gram, self.damp)
         keep = mask(
@@ -65,8 +65,8 @@ class Admm:
         )
         return Pruned(refit(w, hessian, keep), keep, damp)
 
-    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
-        return solved(self, w, stats)
+    def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
+        return solved(self, w, stats, found)
 
     def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         return storage(self.pattern, shape, taps, groups)
@@ -101,12 +101,12 @@ class Prune:
             return exact
         return fast(self.pattern, self.damp) if exact.work(shape, blocks) > SLOW else self
 
-    def prune(self, w: Tensor, stats: LayerStats) -> Pruned:
-        found = [m(self.pattern, self.damp).prune(w, stats) for m in (Obs, Admm)]
-        return min(found, key=lambda p: output_energy(p.weights - w.double(), stats))
+    def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
+        both = [m(self.pattern, self.damp).prune(w, stats, found) for m in (Obs, Admm)]
+        return min(both, key=lambda p: output_energy(p.weights - w.double(), stats))
 
-    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
-        return solved(self, w, stats)
+    def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
+        return solved(self, w, stats, found)
 
     def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         return storage(self.pattern, shape, taps, groups)

@@ -5,7 +5,7 @@ the last group, it counts as filled up with zeros: of a short N:M group up to N 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, final
 
 import torch
@@ -152,6 +152,11 @@ def removals(pattern: Pattern, shape: tuple[int, int], taps: int, groups: int) -
     if isinstance(pattern, NM):
         return shape[0] * int(quota(pattern, shape[1], taps)[1].sum())
     return round(parts(pattern, shape, taps, groups) * pattern.sparsity)
+
+
+def whole(pattern: Pattern) -> Pattern:
+    """The pattern at no sparsity in particular: what all patterns that share a trace have in common."""
+    return pattern if isinstance(pattern, NM) else replace(pattern, sparsity=0.0)
 
 
 def quota(pattern: NM, cols: int, taps: int) -> tuple[Tensor, Tensor]:

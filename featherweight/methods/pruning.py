@@ -58,7 +58,9 @@ class Pruner(Protocol):
     @property
     def label(self) -> str: ...
 
-    def prune(self, w: Tensor, stats: LayerStats) -> Pruned: ...
+    def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
+        """found: the trace of this layer, where it is known; pruners that need none ignore it."""
+        ...
 
     def work(self, shape: tuple[int, int], blocks: int) -> float: ...
 
@@ -79,12 +81,12 @@ class Magnitude:
     def label(self) -> str:
         return f"magnitude {self.pattern.label}"
 
-    def prune(self, w: Tensor, stats: LayerStats) -> Pruned:
+    def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
         keep = patterns.keep_largest(w.double() ** 2, self.pattern, stats.taps, stats.blocks)
         return Pruned(torch.where(keep, w.double(), 0.0), keep, 0.0)
 
-    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
-        return solved(self, w, stats)
+    def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
+        return solved(self, w, stats, found)
 
     def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         return storage(self.pattern, shape, taps, groups)
@@ -109,8 +111,8 @@ class Obs:
     def label(self) -> str:
         return f"obs {self.pattern.label}"
 
-    def prune(self, w: Tensor, stats: LayerStats) -> Pruned:
-        return self.levels(w, stats, [self.pattern])[0]
+    def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
+        return self.levels(w, stats, [self.pattern], found)[0]
 
     def trace(self, w: Tensor, stats: LayerStats) -> Trace:
         """The whole trace of the pattern: all that is needed for any sparsity of it. Order and losses, 12 bytes a
@@ -145,8 +147,8 @@ class Obs:
         keeps = [_mask(found, self.pattern, seen, c, shape) for c in counts]
         return [Pruned(refit(w, hessian, keep), keep, damp) for keep in keeps]
 
-    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
-        return solved(self, w, stats)
+    def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
+        return solved(self, w, stats, found)
 
     def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         return storage(self.pattern, shape, taps, groups)
@@ -170,8 +172,8 @@ class PruneQuantize:
     def label(self) -> str:
         return f"{self.prune.label} + {self.quantize.label}"
 
-    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
-        pruned = self.prune.prune(w, stats)
+    def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
+        pruned = self.prune.prune(w, stats, found)
         solution = self.quantize.solve_kept(w, pruned.weights, stats, pruned.keep)
         assert isinstance(solution.weight, Sparse)
         weight = replace(solution.weight, form=patterns.mask_of(self.prune.pattern, stats.taps, stats.blocks))
@@ -189,9 +191,9 @@ class PruneQuantize:
         return self.prune.work(shape, blocks) + 2 * self.quantize.work(shape, blocks)
 
 
-def solved(method: Pruner, w: Tensor, stats: LayerStats) -> Solution:
+def solved(method: Pruner, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
     """The solution of a pruner alone: values in fp16 where that is exact enough."""
-    pruned = method.prune(w, stats)
+    pruned = method.prune(w, stats, found)
     values = Dense(pruned.weights.to(float_type(pruned.weights[pruned.keep])))
     weight = Sparse(pruned.keep, values, patterns.mask_of(method.pattern, stats.taps, stats.blocks))
     status = _status(method.pattern, w, stats, pruned.damp > method.damp)
