@@ -25,7 +25,7 @@ from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solutio
 from featherweight.recipe import Recipe, assign, input_bits
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
-from featherweight.solve import Progress, Work, assembled, order, solved
+from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats, capture
 from featherweight.target import Baselines, baselines, target_bytes
 from featherweight.weights.base import float_type
@@ -126,7 +126,7 @@ def compress(
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         with _timed(seconds, "capture"):
-            then = order(net, samples, found.units, methods, recipe.sequential)
+            then = order(net, samples, found.units, methods) if recipe.sequential else Order()
             stats = _captured(
                 net, samples, tuple(u for u in found.units if u not in then.units), Path(folder), progress
             )

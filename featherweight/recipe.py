@@ -54,8 +54,7 @@ class Override:
 class Recipe:
     """Which weights are compressed, and how: `method`, unless an override matches (the last one that does wins).
     activations: bits of the compressed weights' inputs, 2 to 8; None or 0 keeps all inputs in float. sequential: solve
-    each layer on the inputs that the compressed layers before it give, not on those of the dense network; None does so
-    where all samples fit into one pass."""
+    each layer on the inputs that the compressed layers before it give, not on those of the dense network."""
 
     method: Method
     overrides: tuple[Override, ...] = ()
@@ -63,7 +62,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     repair: bool = True
     activations: int | None = None
-    sequential: bool | None = None
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         _check_activations(self.activations)
@@ -203,7 +202,7 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
         _patterns(content, "exclude"),
         content.get("repair", True),
         content.get("activations"),
-        content.get("sequential"),
+        content.get("sequential", False),
     )
 
 

@@ -92,7 +92,7 @@ def _moments(unit: Unit, w: Tensor, dense: Inputs, here: Inputs) -> tuple[Tensor
         blocks = slice(block, block + y.shape[0])
         own = parts[blocks].to(y)
         gram[blocks] += (y @ y.mT).cpu().double()
-        missing[blocks] += (own @ (x - y) @ y.mT).cpu().double()
+        missing[blocks] += ((own @ x - own @ y) @ y.mT).cpu().double()  # x - y itself would be cols numbers a sample
         total[blocks] += y.sum(dim=2).cpu().double()
         samples[blocks] += y.shape[2]
     count = samples.clamp(min=1).double()[:, None]

@@ -68,21 +68,12 @@ class Order:
     note: str = ""
 
 
-def order(
-    net: nn.Module,
-    samples: Sequence[Batch],
-    units: Sequence[Unit],
-    methods: Mapping[str, Method],
-    wanted: bool | None,
-) -> Order:
-    """What is solved in order. wanted: whether it is asked for; None means where all samples fit into one pass: with
-    fewer, the dense network's inputs, from all of them, are the better guide (docs/decisions/0008)."""
-    if not samples or wanted is False:
-        return Order()
+def order(net: nn.Module, samples: Sequence[Batch], units: Sequence[Unit], methods: Mapping[str, Method]) -> Order:
+    """What can be solved in order, with as many samples as fit into one pass."""
+    if not samples:
+        return Order(note="no data")
     try:
         batch, note = stacked(samples, net)
-        if wanted is None and note:
-            return Order(note=f"one pass {note}, too few")
         chosen = tuple(u for u in single_use(net, batch, units) if needs_inputs(methods[u.name]))
     except (UsageError, RuntimeError) as error:  # a network that works on single batches may refuse a joined one
         return Order(note=f"the network does not accept joined batches: {error}"[:200])

@@ -25,6 +25,10 @@ def two_layers():
     return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval().requires_grad_(False)
 
 
+def in_order(model, data, method, **more):
+    return fw.compress(model, data, recipe=Recipe(method, sequential=True), **more)
+
+
 def rounded(w):
     return (w * 4).round() / 4
 
@@ -91,7 +95,7 @@ def test_only_what_multiplies_once_in_a_pass_is_solved_in_order():
     units = scan(net).units
     assert [u.name for u in single_use(net, Batch((torch.tensor([[1, 2]]),), {}), units)] == ["once.weight"]
     tokens = torch.randint(7, (64, 3), generator=torch.Generator().manual_seed(0))
-    small = fw.compress(net, tokens, method=Gptq(GridSpec(4)))
+    small = in_order(net, tokens, Gptq(GridSpec(4)))
     assert small.report.in_order == 1
     assert len(small.report.rows) == 4
 
@@ -110,7 +114,7 @@ def test_the_layers_of_recurrent_and_attention_networks_follow_too():
 
     torch.manual_seed(0)
     net, x = Both().eval(), torch.randn(48, 6, 5)
-    small = fw.compress(net, x, method=Obq(GridSpec(3)), evaluate=lambda m: float((m(x) - net(x)).square().mean()))
+    small = in_order(net, x, Obq(GridSpec(3)), evaluate=lambda m: float((m(x) - net(x)).square().mean()))
     assert small.report.in_order == len(small.report.rows) == 11
     alone = fw.compress(
         net,
@@ -124,7 +128,7 @@ def test_the_layers_of_recurrent_and_attention_networks_follow_too():
 
 def test_the_same_run_gives_the_same_bytes_and_leaves_no_thread():
     before = threading.active_count()
-    files = [to_bytes(fw.compress(tiny(), images(), method=Obq(GridSpec(3))).artifact) for _ in "ab"]
+    files = [to_bytes(in_order(tiny(), images(), Obq(GridSpec(3))).artifact) for _ in "ab"]
     assert files[0] == files[1]
     assert threading.active_count() == before
 
@@ -147,7 +151,7 @@ def test_a_network_that_takes_another_path_is_told_so():
     torch.manual_seed(0)
     before = threading.active_count()
     with pytest.raises(UsageError, match=r"left.weight where the dense one went on with right.weight"):
-        fw.compress(Fickle().eval(), torch.randn(32, 4), method=Obq(GridSpec(2)))
+        in_order(Fickle().eval(), torch.randn(32, 4), Obq(GridSpec(2)))
     assert threading.active_count() == before
     assert fw.compress(
         Fickle().eval(), torch.randn(32, 4), recipe=Recipe(Obq(GridSpec(2)), sequential=False, repair=False)
@@ -167,14 +171,14 @@ def test_a_solver_that_fails_stops_both_networks():
 
 def test_methods_that_do_not_look_at_inputs_are_not_solved_in_order():
     for method in (Rtn(GridSpec(4)), Magnitude(Unstructured(0.5))):
-        assert fw.compress(tiny(), images(), method=method).report.in_order == 0
-    assert fw.compress(tiny(), method=Rtn(GridSpec(4))).report.in_order == 0
+        assert in_order(tiny(), images(), method).report.in_order == 0
+    assert in_order(tiny(), None, Rtn(GridSpec(4))).report.in_order == 0
 
 
 def test_a_recipe_says_which_inputs(tmp_path):
-    assert recipe_of({"bits": 4}).sequential is None
+    assert not recipe_of({"bits": 4}).sequential
     assert recipe_of({"bits": 4, "sequential": True}).sequential
-    assert recipe_of({"bits": 4, "sequential": False}).sequential is False
+    assert not recipe_of({"bits": 4, "sequential": False}).sequential
     with pytest.raises(UsageError, match="sequential must be true or false"):
         recipe_of({"bits": 4, "sequential": 1})
 
@@ -189,16 +193,13 @@ class OneSize(nn.Module):
 
 
 def test_a_network_of_a_fixed_batch_size_is_solved_independently_and_that_is_said():
-    small = fw.compress(OneSize().eval(), torch.randn(64, 4), method=Obq(GridSpec(4)), batch_size=16)
+    small = in_order(OneSize().eval(), torch.randn(64, 4), Obq(GridSpec(4)), batch_size=16)
     assert small.report.in_order == 0
     assert "joined batches" in small.report.order_note
 
 
-def test_where_not_all_samples_fit_only_a_request_solves_in_order(monkeypatch):
+def test_where_not_all_samples_fit_that_is_said(monkeypatch):
     monkeypatch.setattr(correct, "SAMPLES", 40)
-    alone = fw.compress(tiny(), images(), method=Obq(GridSpec(3)), batch_size=16)
-    assert alone.report.in_order == 0
-    assert "used 32 of 96 samples" in alone.report.order_note
-    asked = fw.compress(tiny(), images(), recipe=Recipe(Obq(GridSpec(3)), sequential=True), batch_size=16)
-    assert asked.report.in_order == 3
-    assert "used 32 of 96 samples" in asked.report.order_note
+    small = in_order(tiny(), images(), Obq(GridSpec(3)), batch_size=16)
+    assert small.report.in_order == 3
+    assert "used 32 of 96 samples" in small.report.order_note
