@@ -94,7 +94,7 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     unknown = sorted(set(given) - set(SETTINGS))
     if unknown:
         raise UsageError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTINGS)}")
-    by_cost = "method" not in given and ("sparsity" in given or "pattern" in given) and "damp" not in given
+    by_cost = "method" not in given and ("sparsity" in given or "pattern" in given)
     name = given.pop("method", "obs" if "sparsity" in given or "pattern" in given else "obq")
     if name not in QUANTIZERS | PRUNERS:
         raise UsageError(f"unknown method {name!r}; expected one of {', '.join(QUANTIZERS | PRUNERS)}")
@@ -112,7 +112,7 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     if chosen not in ("gptq", "obq", None):
         raise UsageError(f"the quantizer of a pruned layer must be gptq or obq, got {chosen!r}")
     quantize = None if grid is None else Gptq(grid) if chosen == "gptq" else Obq(grid)
-    pruner = Prune(pattern) if by_cost else PRUNERS[name](pattern, **damp)
+    pruner = (Prune if by_cost else PRUNERS[name])(pattern, **damp)
     return pruner if quantize is None else PruneQuantize(pruner, quantize)
 
 
@@ -190,7 +190,7 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
         raise UsageError("each [[override]] needs a pattern: match = 'layer3.*'")
     for table in tables:
         own = {k: v for k, v in table.items() if k not in ("match", "activations")}
-        method = method_of(own if "method" in own else top | own)
+        method = method_of(own if "method" in own else _inherited(top, own) | own)
         overrides.append(Override(table["match"], method, table.get("activations")))
     for key in ("repair", "sequential"):
         if not isinstance(content.get(key, True), bool):
@@ -204,6 +204,13 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
         content.get("activations"),
         content.get("sequential", False),
     )
+
+
+def _inherited(top: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What an override takes from the top: N:M patterns and sparsities replace each other."""
+    is_nm = [_NM.fullmatch(str(x.get("pattern"))) is not None for x in (top, own)]
+    dropped = {"sparsity"} if is_nm[1] else {"pattern"} if is_nm[0] and "sparsity" in own else set()
+    return {k: v for k, v in top.items() if k not in dropped}
 
 
 def _patterns(content: Mapping[str, Any], key: str) -> tuple[str, ...]:

@@ -17,12 +17,13 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from featherweight._linalg import damped
+from featherweight._linalg import damped_cholesky
 from featherweight.calls import Calls, Inputs, eager
 from featherweight.data import Batch
 from featherweight.errors import UsageError
@@ -31,6 +32,7 @@ from featherweight.stats import LayerStats
 
 STRENGTH = 0.5
 DAMP = 0.01  # relative to the mean diagonal
+ADVICE = "its path depends on its inputs. Solve its layers independently"
 
 Solve = Callable[[Unit, Tensor, LayerStats], Tensor]
 """(unit, the matrix to approximate, the moments of its inputs) -> the matrix that is stored, float32."""
@@ -58,28 +60,28 @@ def solve_in_order(dense: nn.Module, small: nn.Module, batch: Batch, units: Sequ
         UsageError: the compressed network took another path through its layers than the dense one.
     """
     original = dict(dense.named_parameters())
-    ahead = _Ahead(dense, batch, units)
 
     def on_call(unit: Unit, inputs: Inputs | Tensor) -> None:
         assert not isinstance(inputs, Tensor)
         first = ahead.next()
         if first is None or first[0] != unit:
             there = "ended" if first is None else f"went on with {first[0].name}"
-            raise UsageError(
-                f"the compressed network used {unit.name} where the dense one {there}: its path depends on its inputs. "
-                "Solve its layers independently"
-            )
+            raise UsageError(f"the compressed network used {unit.name} where the dense one {there}: {ADVICE}")
         w = unit.view.matrix(original[unit.name].detach().cpu()).double()
         target, stats = _moments(unit, w, first[1], inputs)
         ahead.resume()
         stored = unit.view.tensor(solve(unit, target, stats))
         small.get_parameter(unit.name).copy_(stored)
 
-    try:
-        with eager(), Calls(small, units, on_call):
-            batch.run(small)
-    finally:
-        ahead.stop()
+    with eager():  # for both threads: it is a setting of the process
+        ahead = _Ahead(dense, batch, units)
+        try:
+            with Calls(small, units, on_call):
+                batch.run(small)
+            if (left := ahead.next()) is not None:
+                raise UsageError(f"the compressed network ended before {left[0].name}: {ADVICE}")
+        finally:
+            ahead.stop()
 
 
 def _moments(unit: Unit, w: Tensor, dense: Inputs, here: Inputs) -> tuple[Tensor, LayerStats]:
@@ -88,7 +90,11 @@ def _moments(unit: Unit, w: Tensor, dense: Inputs, here: Inputs) -> tuple[Tensor
     parts = w.reshape(unit.groups, -1, cols)
     gram, total = torch.zeros(unit.groups, cols, cols, dtype=torch.float64), torch.zeros(unit.groups, cols).double()
     missing, samples = torch.zeros_like(parts), torch.zeros(unit.groups, dtype=torch.int64)
-    for (block, x), (_, y) in zip(dense, here, strict=True):
+    for first, second in zip_longest(dense, here):
+        if first is None or second is None or first[1].shape != second[1].shape:
+            raise UsageError(f"{unit.name} has inputs of another shape in the compressed network: {ADVICE}")
+        (block, x), (_, y) = first, second
+        x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
         blocks = slice(block, block + y.shape[0])
         own = parts[blocks].to(y)
         gram[blocks] += (y @ y.mT).cpu().double()
@@ -99,7 +105,7 @@ def _moments(unit: Unit, w: Tensor, dense: Inputs, here: Inputs) -> tuple[Tensor
     gram, missing = gram / count[:, :, None], missing / count[:, :, None]
     stats = LayerStats(gram, total / count, samples, taps=unit.taps)
     if stats.finite and stats.reached and torch.isfinite(missing).all():
-        factor = torch.linalg.cholesky(damped(gram, DAMP))
+        _, factor, _ = damped_cholesky(gram, DAMP)
         parts = parts + STRENGTH * torch.cholesky_solve(missing.mT, factor).mT
     return parts.reshape(w.shape), stats
 
@@ -115,18 +121,19 @@ class _Ahead:
     def __init__(self, dense: nn.Module, batch: Batch, units: Sequence[Unit]) -> None:
         self._calls: queue.Queue[Any] = queue.Queue()
         self._go: queue.Queue[bool] = queue.Queue()
-        self._over = False
+        self._over = self._stopped = False
         self._thread = threading.Thread(target=self._run, args=(dense, batch, units), daemon=True)
         self._thread.start()
 
     def _run(self, dense: nn.Module, batch: Batch, units: Sequence[Unit]) -> None:
         def on_call(unit: Unit, inputs: Inputs | Tensor) -> None:
-            self._calls.put((unit, inputs))
-            if not self._go.get():
+            if not self._stopped:
+                self._calls.put((unit, inputs))
+            if self._stopped or not self._go.get():
                 raise _Stopped
 
         try:
-            with torch.no_grad(), eager(), Calls(dense, units, on_call):
+            with torch.no_grad(), Calls(dense, units, on_call):
                 batch.run(dense)
             self._calls.put(None)
         except BaseException as error:  # handed to the thread that waits
@@ -146,5 +153,6 @@ class _Ahead:
         self._go.put(True)
 
     def stop(self) -> None:
+        self._stopped = True
         self._go.put(False)
         self._thread.join()

@@ -32,7 +32,7 @@ from tests.nets import tiny
         ({"method": "gptq", "bits": 4, "symmetric": True, "damp": 0.1}, Gptq(GridSpec(4, True), damp=0.1)),
         ({"sparsity": 0.5}, Prune(Unstructured(0.5))),
         ({"sparsity": 0.5, "method": "obs"}, Obs(Unstructured(0.5))),
-        ({"sparsity": 0.5, "damp": 0.01}, Obs(Unstructured(0.5), damp=0.01)),
+        ({"sparsity": 0.5, "damp": 0.01}, Prune(Unstructured(0.5), damp=0.01)),
         ({"pattern": "2:4"}, Prune(NM(2, 4))),
         ({"pattern": "4:8", "bits": 4, "method": "obs"}, PruneQuantize(Obs(NM(4, 8)), Obq(GridSpec(4)))),
         ({"pattern": "blocks", "sparsity": 0.5, "method": "admm"}, Admm(Blocks(0.5, 4))),

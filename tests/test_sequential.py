@@ -203,3 +203,35 @@ def test_where_not_all_samples_fit_that_is_said(monkeypatch):
     small = in_order(tiny(), images(), Obq(GridSpec(3)), batch_size=16)
     assert small.report.in_order == 3
     assert "used 32 of 96 samples" in small.report.order_note
+
+
+class Short(nn.Module):
+    """Skips its last layer when its first weight changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("sum", self.first.weight.detach().sum())
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x) if torch.equal(self.first.weight.detach().sum(), self.sum) else x
+
+
+def test_a_network_that_ends_early_is_told_so():
+    torch.manual_seed(0)
+    with pytest.raises(UsageError, match=r"ended before second\.weight"):
+        in_order(Short().eval(), torch.randn(32, 4), Obq(GridSpec(2)))
+
+
+def test_half_precision_networks_have_exact_moments():
+    net = two_layers().half()
+    asked = {}
+
+    def solve(unit, w, stats):
+        asked[unit.name] = stats
+        return w.float()
+
+    x = torch.full((70_000, 6), 1.0, dtype=torch.float16)  # the sum of squares is beyond the range of fp16
+    solve_in_order(net, copy.deepcopy(net), Batch((x,), {}), scan(net).units, solve)
+    assert asked["0.weight"].gram[0].flatten().tolist() == pytest.approx([1.0] * 36)

@@ -21,6 +21,7 @@ from featherweight.weights import KINDS
 
 _KINDS = {kind.kind: kind for kind in KINDS}
 _MAX_DIM = 2**40
+_FREE, _DENSEST = 2**24, 4096  # entries that any file may claim, and for each of its bytes
 _MAX_DEPTH = 32
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")  # what may break a line or steer a terminal
 
@@ -57,7 +58,8 @@ def _artifact(data: bytes) -> Artifact:
     methods = [_text(m, "methods") for m in _list(contents["methods"], "methods")]
     optional = ("transposed_groups", "error", "note", "input")[: 3 if contents["format"] == 1 else 4]
     entries = enumerate(_list(contents["units"], "units"))
-    units = [_unit(entry, i, methods, streams, optional) for i, entry in entries]
+    claims = _Claims(max(_FREE, _DENSEST * len(data)))
+    units = [_unit(entry, i, methods, streams, optional, claims) for i, entry in entries]
     rest = dict(_rest(entry, i, streams) for i, entry in enumerate(_list(contents["rest"], "rest")))
     norms = [_norm(entry, i, streams) for i, entry in enumerate(_list(contents["batchnorm"], "batchnorm"))]
     for stream in streams.values():
@@ -132,6 +134,19 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 @final
 @dataclass(slots=True)
+class _Claims:
+    """Entries that all weights together may still have: masks of whole rows say much in few bits."""
+
+    left: int
+
+    def take(self, count: int, where: str) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise FormatError(f"{where}: the weights have more entries than a file of this size may claim")
+
+
+@final
+@dataclass(slots=True)
 class _Stream:
     """All payload of one element type, taken piece by piece."""
 
@@ -162,7 +177,9 @@ def _streams(data: bytes) -> dict[str, _Stream]:
     return {name: _Stream(name, values) for name, values in (empty | tensors).items()}
 
 
-def _unit(entry: Any, i: int, methods: list[str], streams: dict[str, _Stream], optional: tuple[str, ...]) -> StoredUnit:
+def _unit(
+    entry: Any, i: int, methods: list[str], streams: dict[str, _Stream], optional: tuple[str, ...], claims: _Claims
+) -> StoredUnit:
     where = f"units[{i}]"
     _keys(entry, where, ("names", "shape", "method", "weight"), optional)
     if "input" not in optional and isinstance(entry["weight"], dict) and "mask" in entry["weight"]:
@@ -184,6 +201,7 @@ def _unit(entry: Any, i: int, methods: list[str], streams: dict[str, _Stream], o
     try:
         layout = kind.layout(view.matrix_shape, fields)
         pieces = {f: _piece(streams, dtype, n, f"{where}.{f}") for f, (dtype, n) in layout.items()}
+        claims.take(view.matrix_shape[0] * view.matrix_shape[1], where)
         weight = kind.load(view.matrix_shape, fields, pieces)
     except FormatError as wrong:
         raise FormatError(f"{names[0]}: {wrong}") from None

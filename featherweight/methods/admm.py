@@ -23,9 +23,9 @@ from featherweight._linalg import damped_cholesky
 from featherweight.errors import require
 from featherweight.methods import patterns
 from featherweight.methods.base import Solution, output_energy, usable
-from featherweight.methods.patterns import Pattern, Rows
-from featherweight.methods.pruning import Obs, Pruned, refit, solved, storage, without_dead
-from featherweight.methods.traces import SAFE, Trace
+from featherweight.methods.patterns import Pattern, Rows, check
+from featherweight.methods.pruning import Obs, Pruned, refit, refits, solved, storage, without_dead
+from featherweight.methods.traces import Trace, precision
 from featherweight.stats import LayerStats
 
 ITERATIONS = 400  # at most
@@ -47,6 +47,7 @@ class Admm:
     damp: float = 0.001
 
     def __post_init__(self) -> None:
+        check(self.pattern)
         require(0 <= self.damp < math.inf, "damp must be at least 0", self.damp)
         coupled = not isinstance(self.pattern, Rows)
         require(
@@ -60,9 +61,7 @@ class Admm:
     def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
         seen, w = usable(stats), w.double()
         hessian, _, damp = damped_cholesky(seen.gram, self.damp)
-        keep = mask(
-            without_dead(w, seen), hessian, self.pattern, seen, torch.float32 if damp >= SAFE else torch.float64
-        )
+        keep = mask(without_dead(w, seen), hessian, self.pattern, seen, precision(damp, w.shape[1]))
         return Pruned(refit(w, hessian, keep), keep, damp)
 
     def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
@@ -73,8 +72,7 @@ class Admm:
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
         rows, cols = shape
-        kept = min(self.pattern.sparsity, 1 - self.pattern.sparsity)
-        return 4.0 * ITERATIONS / 3 * rows * cols**2 / 10 + 10 * blocks * cols**3 / 5 + rows * (cols * kept) ** 3 / 3
+        return ITERATIONS * rows * cols**2 / 8 + 2 * blocks * cols**3 + refits(self.pattern, shape)
 
 
 @final
@@ -88,6 +86,7 @@ class Prune:
     damp: float = 0.001
 
     def __post_init__(self) -> None:
+        check(self.pattern)
         require(0 <= self.damp < math.inf, "damp must be at least 0", self.damp)
 
     @property
@@ -102,6 +101,8 @@ class Prune:
         return fast(self.pattern, self.damp) if exact.work(shape, blocks) > SLOW else self
 
     def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
+        if isinstance(self.pattern, Rows):
+            return Obs(self.pattern, self.damp).prune(w, stats, found)
         both = [m(self.pattern, self.damp).prune(w, stats, found) for m in (Obs, Admm)]
         return min(both, key=lambda p: output_energy(p.weights - w.double(), stats))
 
@@ -112,7 +113,8 @@ class Prune:
         return storage(self.pattern, shape, taps, groups)
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
-        return Obs(self.pattern).work(shape, blocks) + Admm(self.pattern).work(shape, blocks)
+        exact = Obs(self.pattern).work(shape, blocks)
+        return exact if isinstance(self.pattern, Rows) else exact + Admm(self.pattern).work(shape, blocks)
 
 
 def mask(w: Tensor, hessian: Tensor, pattern: Pattern, stats: LayerStats, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ from featherweight.methods import gptq
 from featherweight.methods._kernels import polish_rows, quantize_kept_rows, quantize_rows
 from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.grids import GridSpec, Points, choose
-from featherweight.methods.traces import SAFE
+from featherweight.methods.traces import precision
 from featherweight.stats import LayerStats
 from featherweight.weights import Sparse
 
@@ -60,7 +60,7 @@ class Obq:
         points = choose(start, self.grid, gptq.input_power(seen, w.shape), keep)
         hessian, _, damp = damped_cholesky(seen.gram, self.damp)
         by_power, _ = gptq.quantize(start, hessian, points, 0.0, True, keep)
-        dtype = torch.float32 if damp >= SAFE else torch.float64
+        dtype = precision(damp, w.shape[1])
         first = polish(w, hessian, points, greedy(start, hessian, points, keep, dtype), keep)
         second = polish(w, hessian, points, by_power, keep)
         better = row_errors(w, hessian, points, first, keep) <= row_errors(w, hessian, points, second, keep)

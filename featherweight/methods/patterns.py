@@ -118,6 +118,11 @@ class Channels:
 Pattern: TypeAlias = Unstructured | Blocks | NM | Rows | Channels
 
 
+def check(pattern: object) -> None:
+    """Refuse anything but a pattern."""
+    require(isinstance(pattern, Pattern), "a pruner needs a pattern such as Unstructured(0.5) or NM(2, 4)", pattern)
+
+
 def mask_of(pattern: Pattern, taps: int, groups: int) -> AnyMask:
     """How the masks of a pattern are stored, in a matrix of `groups` row blocks with inputs of their own."""
     match pattern:
@@ -148,10 +153,12 @@ def parts(pattern: Pattern, shape: tuple[int, int], taps: int, groups: int) -> i
 
 
 def removals(pattern: Pattern, shape: tuple[int, int], taps: int, groups: int) -> int:
-    """How many of the `parts` are removed."""
+    """How many of the `parts` are removed. At least one row or channel stays, however few there are."""
     if isinstance(pattern, NM):
         return shape[0] * int(quota(pattern, shape[1], taps)[1].sum())
-    return round(parts(pattern, shape, taps, groups) * pattern.sparsity)
+    total = parts(pattern, shape, taps, groups)
+    count = round(total * pattern.sparsity)
+    return min(count, total - 1) if isinstance(pattern, Rows | Channels) else count
 
 
 def whole(pattern: Pattern) -> Pattern:

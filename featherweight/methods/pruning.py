@@ -25,7 +25,7 @@ from featherweight.methods._kernels import refit_rows
 from featherweight.methods.base import Solution, Status, status_of, usable
 from featherweight.methods.gptq import Gptq
 from featherweight.methods.obq import Obq
-from featherweight.methods.patterns import NM, Blocks, Channels, Pattern, Rows, Unstructured
+from featherweight.methods.patterns import NM, Blocks, Channels, Pattern, Rows, Unstructured, check
 from featherweight.methods.traces import Trace
 from featherweight.stats import LayerStats
 from featherweight.weights import Dense, Sparse
@@ -73,6 +73,9 @@ class Magnitude:
     name: ClassVar[str] = "magnitude"
     pattern: Pattern
 
+    def __post_init__(self) -> None:
+        check(self.pattern)
+
     @property
     def damp(self) -> float:
         return 0.0
@@ -105,6 +108,7 @@ class Obs:
     damp: float = 0.001
 
     def __post_init__(self) -> None:
+        check(self.pattern)
         require(0 <= self.damp < math.inf, "damp must be at least 0", self.damp)
 
     @property
@@ -155,8 +159,12 @@ class Obs:
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
         rows, cols = shape
-        refits = rows * cols**3 / 3 * min(self.pattern.sparsity, 1 - self.pattern.sparsity) ** 3
-        return rows * cols**3 / 6 * TRACE + refits + 2 * blocks * cols**3
+        match self.pattern:
+            case Rows():
+                return rows * cols**2
+            case Channels():
+                return 2 * rows * cols**2 + 4 * blocks * cols**3
+        return rows * cols**3 / 6 * TRACE + refits(self.pattern, shape) + 2 * blocks * cols**3
 
 
 @final
@@ -219,6 +227,11 @@ def storage(pattern: Pattern, shape: tuple[int, int], taps: int, groups: int) ->
     return patterns.mask_of(pattern, taps, groups).size(shape) + 2 * _kept(pattern, shape, taps, groups)
 
 
+def refits(pattern: Pattern, shape: tuple[int, int]) -> float:
+    """Multiply-adds of the exact weights on a support that differs from row to row."""
+    return shape[0] * (shape[1] * (1 - pattern.sparsity)) ** 3 / 3
+
+
 # ---------------------------------------------------------------- ExactOBS
 def _piece(pattern: Pattern) -> tuple[int, ...]:
     return (pattern.size,) if isinstance(pattern, Blocks) else (pattern.n, pattern.m) if isinstance(pattern, NM) else ()
@@ -262,7 +275,7 @@ def _traced(
             found.append(traces.channel_trace(own * weight.sqrt(), inverse, stats.taps))
             continue
         level, peak = hessian[b].diagonal().mean(), own.abs().amax().clamp(min=1e-300)
-        dtype = torch.float32 if damp >= traces.SAFE else torch.float64
+        dtype = traces.precision(damp, cols)
         scaled, inverse = (own / peak).to(dtype), (inverse * level).to(dtype)  # far from the ends of float32
         match pattern:
             case Unstructured():
@@ -345,6 +358,8 @@ def refit(w: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
 def _refit_together(w: Tensor, h: Tensor, keep: Tensor) -> Tensor:
     """The same for rows that keep the same columns: v_K = w_K + w_P H_PK inv(H_KK), P the removed columns."""
     kept, gone = keep[0].nonzero()[:, 0], (~keep[0]).nonzero()[:, 0]
+    if not len(gone):
+        return w.clone()
     out = torch.zeros_like(w)
     if len(kept):
         rows = h[kept]

@@ -20,7 +20,13 @@ WIDE = 900  # columns from which every row gets an inverse of its own, brought u
 CHUNK = 256
 PANEL = 256  # columns of that update at a time: it is symmetric, so what lies above the diagonal can be left out
 TILE = 1 << 25  # bytes of thin factors that are held at a time
-SAFE = 1e-4  # relative damping from which float32 is enough: it bounds the entries of the inverse, and so the rounding
+SAFE = 1e-7  # relative damping a column from which float32 is enough: it bounds the entries of the inverse
+
+
+def precision(damp: float, cols: int) -> torch.dtype:
+    """In which type a greedy loop may choose: what it chooses is solved again in float64, so a near tie may fall either
+    way, but no sum may lose all its digits."""
+    return torch.float32 if damp >= SAFE * cols else torch.float64
 
 
 @final

@@ -608,6 +608,25 @@ def test_a_small_file_cannot_claim_much_memory():
         assert from_bytes(made).units[0].tensor().numel() == count
 
 
+@pytest.mark.parametrize(
+    ("mask", "payload"),
+    [
+        ({"kind": "rows"}, 1),
+        ({"kind": "n:m", "n": 1, "m": 1, "taps": 1}, 0),
+        ({"kind": "channels", "taps": 2**36, "groups": 1}, 1),
+    ],
+)
+def test_a_mask_of_a_pattern_cannot_claim_much_memory(mask, payload):
+    weight = {"kind": "sparse", "values": "dense", "type": "f16", "kept": 0, "mask": mask}
+    parts = take_apart(to_bytes(Artifact((), {}, ())))
+    unit = {"names": ["w"], "shape": [1, 2**36], "method": 0, "weight": weight}
+    parts.contents |= {"format": 2, "methods": ["x"], "units": [unit]}
+    parts.add("u8", bytes(payload))
+    made = parts.file()
+    with frugal(limit=1 << 20), pytest.raises(FormatError, match="more entries than a file of this size may claim"):
+        from_bytes(made)
+
+
 def test_no_name_in_a_file_is_imported_or_run(tmp_path, monkeypatch):
     (tmp_path / "evil_factory.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef make(): pass\n")
     monkeypatch.syspath_prepend(tmp_path)

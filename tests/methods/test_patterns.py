@@ -139,14 +139,14 @@ def masks_of(pattern, rows, cols, taps):
     ],
 )
 def test_no_mask_is_better_by_much_than_the_one_found(pattern, taps, method, close):
-    """Greedy and ADMM are no exhaustive searches: on average over ten layers they come close."""
+    """Greedy and ADMM are no exhaustive searches: on average over six layers they come close."""
     found, best = 0.0, 0.0
-    for seed in range(10):
+    masks = masks_of(pattern, 3, 6, taps)
+    for seed in range(6):
         w, stats = problem(3, 6, seed=seed)
         stats = replace(stats, taps=taps)
         chosen = Obs if isinstance(pattern, Rows) else method
         pruned = chosen(pattern, damp=0.0).prune(w, stats)
-        masks = masks_of(pattern, 3, 6, taps)
         assert any((pruned.keep.numpy() == m).all() for m in masks)
         least = oracle.best_of_masks(w.numpy(), stats.gram[0].numpy(), masks)
         lost = output_energy(pruned.weights - w, stats)
@@ -227,3 +227,16 @@ def test_the_largest_are_kept_and_ties_lose_the_first():
     }
     assert keep_largest(score, Blocks(0.5, 2), 1, 1).int().tolist() == [[0, 0, 0, 0], [1, 1, 1, 1]]
     assert keep_largest(score, Channels(0.25), 1, 1).int().tolist() == [[1, 0, 1, 1]] * 2
+
+
+def test_one_row_and_one_channel_always_stay():
+    w, stats = problem(3, 9, seed=8)
+    for method in (Obs(Rows(0.9)), Obs(Channels(0.9)), Admm(Channels(0.9)), Magnitude(Rows(0.9)), Prune(Rows(0.9))):
+        kept = method.prune(w, replace(stats, taps=3)).keep
+        assert int(kept.any(dim=0).sum() if isinstance(method.pattern, Channels) else kept.any(dim=1).sum()) in (1, 3)
+
+
+@pytest.mark.parametrize("method", [Obs, Admm, Prune, Magnitude])
+def test_what_is_no_pattern_is_refused(method):
+    with pytest.raises(UsageError, match="needs a pattern"):
+        method(0.5)

@@ -129,5 +129,14 @@ def prune_nm(w: ndarray, h: ndarray, buckets: list[list[int]], n: int) -> tuple[
 
 
 def best_of_masks(w: ndarray, h: ndarray, masks: list[ndarray]) -> float:
-    """The smallest loss of any of the masks (rows, cols), each with its best weights."""
-    return min(sum(loss(row, h, refit_row(row, h, k)) for row, k in zip(w, mask, strict=True)) for mask in masks)
+    """The smallest loss of any of the masks (rows, cols), each with its best weights. Rows do not depend on each other,
+    so each row's few supports are solved once."""
+    known: dict[tuple[int, bytes], float] = {}
+
+    def of(r: int, keep: ndarray) -> float:
+        key = r, keep.tobytes()
+        if key not in known:
+            known[key] = loss(w[r], h, refit_row(w[r], h, keep))
+        return known[key]
+
+    return min(sum(of(r, keep) for r, keep in enumerate(mask)) for mask in masks)
