@@ -62,7 +62,13 @@ NETWORKS = {  # network: (calibration data, test data, settings)
     "lstm_speech": (
         "speech_calibration",
         "speech_test",
-        ["--method obq --bits 8", "--method obq --bits 4", "--method obq --bits 4 --sequential"],
+        [
+            "--method obq --bits 8",
+            "--method obq --bits 4",
+            "--method obq --bits 4 --sequential",
+            "--sparsity 0.7",
+            "--sparsity 0.7 --sequential",
+        ],
     ),
     "efficientnet_lite0": (
         "imagenet_calibration",

@@ -123,7 +123,7 @@ def masks_of(pattern, rows, cols, taps):
     return masks
 
 
-@pytest.mark.parametrize(("method", "close"), [(Obs, 1.35), (Admm, 1.65), (Prune, 1.15)])
+@pytest.mark.parametrize(("method", "close"), [(Obs, 1.35), (Admm, 2.0), (Prune, 1.3)])
 @pytest.mark.parametrize(
     ("pattern", "taps"),
     [
