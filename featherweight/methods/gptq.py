@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featherweight._linalg import damped_cholesky, inverse_factor
 from featherweight.errors import require
-from featherweight.methods._kernels import feedback_rows
+from featherweight.methods._rounding import feedback_rows
 from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.grids import SEARCH, GridSpec, Points, choose
 from featherweight.stats import LayerStats

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import require
-from featherweight.methods._kernels import best_grid
+from featherweight.methods._rounding import best_grid
 from featherweight.weights import Grid
 from featherweight.weights.base import float_type
 from featherweight.weights.grid import per_entry, scale_shape, symmetric_zero

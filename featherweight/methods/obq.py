@@ -23,7 +23,8 @@ from torch import Tensor
 from featherweight._linalg import damped_cholesky
 from featherweight.errors import require
 from featherweight.methods import gptq
-from featherweight.methods._kernels import polish_rows, quantize_kept_rows, quantize_rows
+from featherweight.methods._kernels import quantize_kept_rows, quantize_rows
+from featherweight.methods._rounding import polish_rows
 from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.grids import GridSpec, Points, choose
 from featherweight.methods.traces import precision
