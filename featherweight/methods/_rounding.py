@@ -1,5 +1,5 @@
-"""The inner loops of rounding to a grid, compiled by numba for the CPU. Rows (or groups) run in parallel; the result of one
-depends neither on the others nor on the number of threads."""
+"""The inner loops of rounding to a grid, compiled by numba for the CPU. Rows (or groups) run in parallel; the result of
+one depends neither on the others nor on the number of threads."""
 
 import numpy as np
 from numba import njit, prange
