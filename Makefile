@@ -31,4 +31,4 @@ format: setup
 bench: setup ## the tables of README.md, on the networks of ../shared
 	$(RUN)python -m bench.layers
 	$(RUN)python -m bench.networks
-	$(RUN)python -m bench.obs
+	$(RUN)python -m bench.obs --only speed growth resnet20 masks

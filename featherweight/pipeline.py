@@ -41,7 +41,8 @@ def _quiet(stage: str, done: int, total: int) -> None:
 @final
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """What would be done with one weight. bytes: its payload, exact unless its scales need fp32. seconds: a guess.
+    """What would be done with one weight. bytes: its payload, exact unless its scales need fp32 or
+    its pattern has short blocks. seconds: a guess.
     input_bits: what its inputs would be rounded to, None for float."""
 
     name: str

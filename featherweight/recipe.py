@@ -32,7 +32,7 @@ QUANTIZERS: dict[str, type[Rtn] | type[Gptq] | type[Obq]] = {"rtn": Rtn, "gptq":
 PRUNERS: dict[str, type[Magnitude] | type[Obs] | type[Admm]] = {"magnitude": Magnitude, "obs": Obs, "admm": Admm}
 SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer")
 _NM = re.compile(r"(\d+):(\d+)")
-_BLOCKS = re.compile(r"blocks(?: of |:)?(\d+)?")
+_BLOCKS = re.compile(r"blocks(?::(\d+))?")
 
 
 @final

@@ -36,7 +36,6 @@ class Work:
 
     def solve(self, unit: Unit, w: Tensor, stats: LayerStats) -> Solution:
         method, known = self.methods[unit.name], False
-        self.progress("solve", self.done, self.total)
         try:
             if self.store is None:
                 solution = method.solve(w, stats)
@@ -90,6 +89,7 @@ def solved(
 ) -> dict[str, Solution]:
     """Solutions by unit name, in the order of `units`: first of those that have `stats`, then of those in order."""
     found: dict[str, Solution] = {}
+    work.progress("solve", 0, work.total)
     for unit in units:
         if unit.name in stats:
             w = unit.view.matrix(net.get_parameter(unit.name).detach().cpu())

@@ -1,4 +1,4 @@
-"""A pruning mask by ADMM, for layers so wide that the greedy trace would take long.
+"""A pruning mask by ADMM, which moves all weights at once where ExactOBS removes one after another.
 
 Paper: Meng, Behdin, Wang, Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
 Models", 2406.07831: split min (v - w) H (v - w)ᵀ over sparse v into a ridge problem and a projection,
@@ -7,9 +7,8 @@ Models", 2406.07831: split min (v - w) H (v - w)ᵀ over sparse v into a ridge p
 
 with columns scaled to unit diagonal, and rho growing the faster the more the mask still changes. Differences: (1) the
 projection is that of any of our patterns; (2) weights on the mask are the exact solve of pruning.py instead of ten
-steps of conjugate gradients; (3) rho is raised by the share of the mask that changed alone, from lower and
-more slowly, without restarts; (4)
-products are in float32 where the layer is damped: they choose a mask, no weights.
+steps of conjugate gradients; (3) rho starts lower and is raised more slowly, by the share of the mask that changed
+alone, without restarts; (4) products are in float32 where the layer is damped: they choose a mask, no weights.
 """
 
 import math
@@ -29,9 +28,7 @@ from featherweight.methods.traces import Trace, precision
 from featherweight.stats import LayerStats
 
 ITERATIONS = 400  # at most
-START = (
-    0.003  # rho, relative to a unit diagonal; from 0.1, the paper's, masks of ill-conditioned layers lose twice as much
-)
+START = 0.003  # rho, relative to a unit diagonal; the paper's 0.1 freezes the masks of ill-conditioned layers early
 CHECK = 3  # iterations between two looks at the mask
 SLOW = 120 * 4e9  # multiply-adds of a trace, some two minutes on two cores
 FASTER = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.03))  # (share of the kept entries that changed, factor for rho)
@@ -64,8 +61,8 @@ class Admm:
         keep = mask(without_dead(w, seen), hessian, self.pattern, seen, precision(damp, w.shape[1]))
         return Pruned(refit(w, hessian, keep), keep, damp)
 
-    def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
-        return solved(self, w, stats, found)
+    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
+        return solved(self, w, stats)
 
     def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         return storage(self.pattern, shape, taps, groups)
@@ -93,18 +90,22 @@ class Prune:
     def label(self) -> str:
         return f"obs, admm {self.pattern.label}"
 
+    @property
+    def _ways(self) -> "tuple[Obs, ...] | tuple[Obs, Admm]":
+        """Rows do not depend on each other: there OBS finds the best."""
+        exact = Obs(self.pattern, self.damp)
+        return (exact,) if isinstance(self.pattern, Rows) else (exact, Admm(self.pattern, self.damp))
+
     def for_layer(self, shape: tuple[int, int], blocks: int) -> "Prune | Obs | Admm":
-        """What to do with a (rows, cols) matrix. Rows do not depend on each other: there OBS finds the best."""
-        exact, fast = Obs(self.pattern, self.damp), Admm
-        if isinstance(self.pattern, Rows):
+        """What to do with a (rows, cols) matrix: all ways, unless there is one, or the first is slow."""
+        exact, *others = self._ways
+        if not others:
             return exact
-        return fast(self.pattern, self.damp) if exact.work(shape, blocks) > SLOW else self
+        return others[0] if exact.work(shape, blocks) > SLOW else self
 
     def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
-        if isinstance(self.pattern, Rows):
-            return Obs(self.pattern, self.damp).prune(w, stats, found)
-        both = [m(self.pattern, self.damp).prune(w, stats, found) for m in (Obs, Admm)]
-        return min(both, key=lambda p: output_energy(p.weights - w.double(), stats))
+        masks = [way.prune(w, stats, found) for way in self._ways]
+        return min(masks, key=lambda p: output_energy(p.weights - w.double(), stats))
 
     def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
         return solved(self, w, stats, found)
@@ -113,8 +114,7 @@ class Prune:
         return storage(self.pattern, shape, taps, groups)
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
-        exact = Obs(self.pattern).work(shape, blocks)
-        return exact if isinstance(self.pattern, Rows) else exact + Admm(self.pattern).work(shape, blocks)
+        return sum(way.work(shape, blocks) for way in self._ways)
 
 
 def mask(w: Tensor, hessian: Tensor, pattern: Pattern, stats: LayerStats, dtype: torch.dtype) -> Tensor:

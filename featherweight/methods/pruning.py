@@ -88,8 +88,8 @@ class Magnitude:
         keep = patterns.keep_largest(w.double() ** 2, self.pattern, stats.taps, stats.blocks)
         return Pruned(torch.where(keep, w.double(), 0.0), keep, 0.0)
 
-    def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
-        return solved(self, w, stats, found)
+    def solve(self, w: Tensor, stats: LayerStats) -> Solution:
+        return solved(self, w, stats)
 
     def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         return storage(self.pattern, shape, taps, groups)

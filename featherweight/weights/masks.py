@@ -3,13 +3,17 @@
 Columns are input channels times `taps` (the positions of a convolution's kernel), a channel's taps side by side. Groups
 of a pattern run along the channels at a fixed tap, as the hardware for N:M sparsity reads them; the last group of a row
 of channels may be short, and counts as filled up with zeros.
+
+Every form here has `size(shape)`, in bytes; `encode(keep)`, a uint8 vector of that size for a mask that fits it; and
+`decode`, its inverse, which raises FormatError where no mask is stored like that. All but Bitmap have a `kind`,
+`meta()` and `load(meta, shape)`, like a Weight.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from math import ceil, comb
-from typing import ClassVar, Protocol, Self, TypeAlias, final
+from typing import ClassVar, Self, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -20,27 +24,6 @@ from featherweight.weights.base import Meta, field
 
 LARGEST = 16  # M of an N:M pattern: its combinations must be numbered in at most 16 bits
 LONGEST = 64  # channels of a block
-
-
-class Mask(Protocol):
-    """A way to store masks; every mask that fits it comes back as it was. All but Bitmap have a `kind`, `meta()` and
-    `load(meta, shape)`, like a Weight."""
-
-    def size(self, shape: tuple[int, int]) -> int:
-        """Bytes."""
-        ...
-
-    def encode(self, keep: Tensor) -> Tensor:
-        """uint8 vector of `size` bytes for keep (rows, cols) bool, which must fit the pattern."""
-        ...
-
-    def decode(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The inverse of `encode`.
-
-        Raises:
-            FormatError: no mask is stored like this.
-        """
-        ...
 
 
 def channel_groups(cols: int, taps: int, size: int) -> Tensor:

@@ -168,7 +168,8 @@ def test_masks_chosen_with_the_hessian_lose_less(pattern):
         plain = Magnitude(pattern).prune(w, stats)
         simple += output_energy(plain.weights - w, stats)
         refitted += output_energy(refit(w, stats.gram, plain.keep) - w, stats)
-    assert ours < refitted < simple or isinstance(pattern, Rows)
+    assert ours < (simple if isinstance(pattern, Rows) else refitted)  # a kept row needs no refit
+    assert refitted <= simple
     assert admm <= ours
 
 
@@ -233,7 +234,8 @@ def test_one_row_and_one_channel_always_stay():
     w, stats = problem(3, 9, seed=8)
     for method in (Obs(Rows(0.9)), Obs(Channels(0.9)), Admm(Channels(0.9)), Magnitude(Rows(0.9)), Prune(Rows(0.9))):
         kept = method.prune(w, replace(stats, taps=3)).keep
-        assert int(kept.any(dim=0).sum() if isinstance(method.pattern, Channels) else kept.any(dim=1).sum()) in (1, 3)
+        assert int(kept.sum()) == 9, method  # one row of nine, or three taps in three rows
+        assert kept.any(dim=0).sum() * kept.any(dim=1).sum() == 9, method
 
 
 @pytest.mark.parametrize("method", [Obs, Admm, Prune, Magnitude])
