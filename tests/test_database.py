@@ -433,6 +433,15 @@ def test_two_processes_at_once(tmp_path):
     assert solved_here(tmp_path) == 3, "another process knows them"
 
 
+def test_the_number_of_threads_stays_as_the_caller_chose_it():
+    code = (  # numba and torch share OpenMP, and the number is part of every fingerprint
+        "import torch, featherweight as fw; from tests.nets import tiny, images; torch.set_num_threads(1)\n"
+        "fw.compress(tiny(), images(), method=fw.Gptq(fw.GridSpec(3))); print(torch.get_num_threads())"
+    )
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "1\n"
+
+
 def solved_here(folder: Path) -> int | None:
     return fw.compress(tiny(), images(), method=Gptq(GridSpec(3)), database=folder).report.reused
 

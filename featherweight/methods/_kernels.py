@@ -19,11 +19,12 @@ product whenever it has grown to some hundred steps (see traces.py).
 import numpy as np
 from numba import njit, prange
 
-_FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
+from featherweight.methods._numba import FAST
+
 RECENT = 32  # rows of the factor that are kept row by row
 
 
-@njit(cache=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, fastmath=FAST, boundscheck=False)
 def _inverse_row(base, whole, where, factor, recent, step, active, p, row):  # pragma: no cover - compiled
     """Put row p of inv(H_M) into row[:active], after `step` removals.
 
@@ -80,7 +81,7 @@ def _inverse_row(base, whole, where, factor, recent, step, active, p, row):  # p
         s += 1
 
 
-@njit(cache=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, fastmath=FAST, boundscheck=False)
 def _drop(factor, recent, step, active, p):  # pragma: no cover - compiled
     """Column p leaves, the last active one takes its place. recent[step % RECENT] holds the factor's row `step` by now:
     row p of the inverse by the root of its diagonal entry."""
@@ -95,7 +96,7 @@ def _drop(factor, recent, step, active, p):  # pragma: no cover - compiled
         _settle(factor, recent, step - now, RECENT, last)
 
 
-@njit(cache=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, fastmath=FAST, boundscheck=False)
 def _settle(factor, recent, first, count, active):  # pragma: no cover - compiled
     """Move `count` recent rows to the columns of the factor, from row `first` on."""
     for i in range(active):
@@ -104,7 +105,7 @@ def _settle(factor, recent, first, count, active):  # pragma: no cover - compile
             own[first + s] = recent[s, i]
 
 
-@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
 def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bucket, first, steps, order, losses):
     """`steps` removals of ExactOBS in every row, single columns: always the one that costs least, w² / (2 diag), in a
     bucket that may still lose some.
@@ -159,7 +160,7 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
         _settle(factor[r], recent, steps - steps % RECENT, steps % RECENT, active)
 
 
-@njit(cache=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, fastmath=FAST, boundscheck=False)
 def _block_score(value, block, size):  # pragma: no cover - compiled
     """w inv(D) wᵀ for a block of weights and its block D of the inverse Hessian, by the Cholesky factor of D."""
     factor = np.empty((size, size), value.dtype)
@@ -179,7 +180,7 @@ def _block_score(value, block, size):  # pragma: no cover - compiled
     return score
 
 
-@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
 def prune_block_steps(base, where, factor, index, value, diag, blocks, first, steps, order, losses):
     """Like prune_steps for blocks of `size` columns that lie side by side, removed whole, score w_P inv(D_PP) w_Pᵀ.
 
@@ -264,7 +265,7 @@ def compact(base, where, active):
             place[p] = p
 
 
-@njit(cache=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, fastmath=FAST, boundscheck=False)
 def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cover - compiled
     """OBQ with the outlier rule on one row; value, step_size and offset are overwritten, codes (uint8) filled."""
     cols = len(value)
@@ -306,7 +307,7 @@ def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cov
         step_size[p], offset[p] = step_size[active], offset[active]
 
 
-@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
 def quantize_rows(w, hinv, scale, zero, top):  # pragma: no cover - compiled
     """OBQ with the outlier rule for rows that share one inverse Hessian.
 
@@ -319,7 +320,7 @@ def quantize_rows(w, hinv, scale, zero, top):  # pragma: no cover - compiled
     return codes
 
 
-@njit(cache=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, fastmath=FAST, boundscheck=False)
 def _kept_cholesky(hessian, kept):  # pragma: no cover - compiled
     """Lower Cholesky factor of H restricted to the columns `kept`."""
     n = len(kept)
@@ -336,7 +337,7 @@ def _kept_cholesky(hessian, kept):  # pragma: no cover - compiled
     return factor
 
 
-@njit(cache=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, fastmath=FAST, boundscheck=False)
 def _inverse(factor):  # pragma: no cover - compiled
     """inv(L Lᵀ) = inv(L)ᵀ inv(L) from the lower factor L."""
     n = len(factor)
@@ -363,7 +364,7 @@ def _inverse(factor):  # pragma: no cover - compiled
     return out
 
 
-@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
 def quantize_kept_rows(w, hessian, scale, zero, keep, top):  # pragma: no cover - compiled
     """Like quantize_rows, every row on its own support: only entries where `keep` (rows, cols) is true get codes and
     absorb errors, with the inverse of the Hessian restricted to them."""
@@ -380,7 +381,7 @@ def quantize_kept_rows(w, hessian, scale, zero, keep, top):  # pragma: no cover 
     return codes
 
 
-@njit(cache=True, parallel=True, fastmath=_FAST, boundscheck=False)
+@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
 def refit_rows(w, hessian, keep):  # pragma: no cover - compiled
     """Least-squares optimal weights on a given support: argmin over v of (v - w) H (v - w)ᵀ, v zero where `keep` is
     false, row by row: v_K = w_K + inv(H_KK) H_KP w_P with P the removed entries.
