@@ -235,9 +235,9 @@ def assign(recipe: Recipe, found: Scan) -> dict[str, Method]:
 def _settled(method: Method, unit: Unit) -> Method:
     """Where a method leaves open how a layer is pruned, what its size decides."""
     match method:
-        case Prune():
+        case Prune() | Admm():
             return method.for_layer(unit.view.matrix_shape, unit.groups)
-        case PruneQuantize(prune=Prune() as prune):
+        case PruneQuantize(prune=Prune() | Admm() as prune):
             return replace(method, prune=prune.for_layer(unit.view.matrix_shape, unit.groups))
     return method
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -28,11 +29,17 @@ def run(capsys):
     return runner
 
 
-@pytest.fixture
-def small(tmp_path, run):
-    path = tmp_path / "small.fw"
-    assert run("compress", MAKE, "--data", DATA, "--method", "gptq", "--bits", 4, "-o", path)[0] == 0
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("compressed") / "small.fw"
+    assert main(["compress", MAKE, "--data", DATA, "--method", "gptq", "--bits", "4", "-o", str(path)]) == 0
     return path
+
+
+@pytest.fixture
+def small(tmp_path, compressed):
+    """A copy, which a test may damage."""
+    return Path(shutil.copy(compressed, tmp_path))
 
 
 def test_compress_proves_the_file_in_a_fresh_process(tmp_path, run):

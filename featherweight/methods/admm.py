@@ -8,11 +8,12 @@ Models", 2406.07831: split min (v - w) H (v - w)ᵀ over sparse v into a ridge p
 with columns scaled to unit diagonal, and rho growing the faster the more the mask still changes. Differences: (1) the
 projection is that of any of our patterns; (2) weights on the mask are the exact solve of pruning.py instead of ten
 steps of conjugate gradients; (3) rho starts lower and is raised more slowly, by the share of the mask that changed
-alone, without restarts; (4) products are in float32 where the layer is damped: they choose a mask, no weights.
+alone, without restarts; (4) products are in float32 where the layer is damped: they choose a mask, no weights; (5) at
+the end kept weights are exchanged for removed ones while that helps (exchange.py).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from featherweight._linalg import damped_cholesky
 from featherweight.errors import require
+from featherweight.methods import exchange as exchanges
 from featherweight.methods import patterns
 from featherweight.methods.base import Solution, output_energy, usable
-from featherweight.methods.patterns import Pattern, Rows, check
+from featherweight.methods.patterns import NM, Pattern, Rows, Unstructured, check
 from featherweight.methods.pruning import Obs, Pruned, refit, refits, solved, storage, without_dead
 from featherweight.methods.traces import Trace, precision
 from featherweight.stats import LayerStats
@@ -37,11 +39,13 @@ FASTER = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.03))  # (share of the kept entries 
 @final
 @dataclass(frozen=True, slots=True)
 class Admm:
-    """damp: relative damping, added to the Hessian as damp * mean(diag) * I."""
+    """damp: relative damping, added to the Hessian as damp * mean(diag) * I. exchange: whether single weights are
+    exchanged at the end, where the pattern removes single weights."""
 
     name: ClassVar[str] = "admm"
     pattern: Pattern
     damp: float = 0.001
+    exchange: bool = True
 
     def __post_init__(self) -> None:
         check(self.pattern)
@@ -53,13 +57,17 @@ class Admm:
 
     @property
     def label(self) -> str:
-        return f"admm {self.pattern.label}"
+        return f"admm{_suffix(self)} {self.pattern.label}"
+
+    def for_layer(self, shape: tuple[int, int], blocks: int) -> "Admm":
+        """Without exchanges where they would take long."""
+        return replace(self, exchange=self.exchange and exchanges.work(shape) <= SLOW)
 
     def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
         seen, w = usable(stats), w.double()
         hessian, _, damp = damped_cholesky(seen.gram, self.damp)
         keep = mask(without_dead(w, seen), hessian, self.pattern, seen, precision(damp, w.shape[1]))
-        return Pruned(refit(w, hessian, keep), keep, damp)
+        return _exchanged(self, w, stats, Pruned(refit(w, hessian, keep), keep, damp))
 
     def solve(self, w: Tensor, stats: LayerStats) -> Solution:
         return solved(self, w, stats)
@@ -69,18 +77,20 @@ class Admm:
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
         rows, cols = shape
-        return ITERATIONS * rows * cols**2 / 8 + 2 * blocks * cols**3 + refits(self.pattern, shape)
+        exchanged = exchanges.work(shape) if _suffix(self) else 0
+        return ITERATIONS * rows * cols**2 / 8 + 2 * blocks * cols**3 + refits(self.pattern, shape) + exchanged
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Prune:
-    """Both, and of the two masks the one that loses less; `Admm` alone where the trace would take long. Greedy removal
-    looks at one weight at a time and ADMM at all, so neither is always better; with N:M patterns ADMM mostly is."""
+    """Both, and of the two masks the one that loses less, then improved by exchanges; `Admm` alone where the trace
+    would take long. Greedy removal looks at one weight at a time and ADMM at all, so neither is always better."""
 
     name: ClassVar[str] = "prune"
     pattern: Pattern
     damp: float = 0.001
+    exchange: bool = True
 
     def __post_init__(self) -> None:
         check(self.pattern)
@@ -88,24 +98,26 @@ class Prune:
 
     @property
     def label(self) -> str:
-        return f"obs, admm {self.pattern.label}"
+        return f"obs, admm{_suffix(self)} {self.pattern.label}"
 
     @property
     def _ways(self) -> "tuple[Obs, ...] | tuple[Obs, Admm]":
         """Rows do not depend on each other: there OBS finds the best."""
         exact = Obs(self.pattern, self.damp)
-        return (exact,) if isinstance(self.pattern, Rows) else (exact, Admm(self.pattern, self.damp))
+        return (exact,) if isinstance(self.pattern, Rows) else (exact, Admm(self.pattern, self.damp, exchange=False))
 
     def for_layer(self, shape: tuple[int, int], blocks: int) -> "Prune | Obs | Admm":
-        """What to do with a (rows, cols) matrix: all ways, unless there is one, or the first is slow."""
+        """What to do with a (rows, cols) matrix: all ways, unless there is one, or the first is slow; exchanges unless
+        they are slow."""
         exact, *others = self._ways
         if not others:
             return exact
-        return others[0] if exact.work(shape, blocks) > SLOW else self
+        swift = self.exchange and exchanges.work(shape) <= SLOW
+        return replace(others[0], exchange=swift) if exact.work(shape, blocks) > SLOW else replace(self, exchange=swift)
 
     def prune(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Pruned:
         masks = [way.prune(w, stats, found) for way in self._ways]
-        return min(masks, key=lambda p: output_energy(p.weights - w.double(), stats))
+        return _exchanged(self, w, stats, min(masks, key=lambda p: output_energy(p.weights - w.double(), stats)))
 
     def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
         return solved(self, w, stats, found)
@@ -114,7 +126,22 @@ class Prune:
         return storage(self.pattern, shape, taps, groups)
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
-        return sum(way.work(shape, blocks) for way in self._ways)
+        return sum(way.work(shape, blocks) for way in self._ways) + (exchanges.work(shape) if _suffix(self) else 0)
+
+
+def _suffix(method: Admm | Prune) -> str:
+    """Behind the names of the others, where the method exchanges."""
+    return ", exchange" if method.exchange and exchanges.possible(method.pattern) else ""
+
+
+def _exchanged(method: Admm | Prune, w: Tensor, stats: LayerStats, found: Pruned) -> Pruned:
+    """The same with a mask that no exchange improves; `found` itself where the method exchanges nothing."""
+    if not (method.exchange and isinstance(method.pattern, Unstructured | NM)):
+        return found
+    seen, w = usable(stats), w.double()
+    hessian, _, damp = damped_cholesky(seen.gram, method.damp)
+    keep = exchanges.exchange(without_dead(w, seen), hessian, found.keep, method.pattern, seen)
+    return Pruned(refit(w, hessian, keep), keep, damp)
 
 
 def mask(w: Tensor, hessian: Tensor, pattern: Pattern, stats: LayerStats, dtype: torch.dtype) -> Tensor:

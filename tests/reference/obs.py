@@ -140,3 +140,28 @@ def best_of_masks(w: ndarray, h: ndarray, masks: list[ndarray]) -> float:
         return known[key]
 
     return min(sum(of(r, keep) for r, keep in enumerate(mask)) for mask in masks)
+
+
+def neighbours(w: ndarray, h: list[ndarray], keep: ndarray, group: list[int] | None) -> list[float]:
+    """The losses of all masks that differ from `keep` (rows, cols) by one kept and one removed entry: of one row and
+    group where groups are given, else anywhere. h: each row's Hessian."""
+    rows, cols = keep.shape
+
+    def row_loss(r: int, kept: ndarray) -> float:
+        return loss(w[r], h[r], refit_row(w[r], h[r], kept))
+
+    def flipped(r: int, *columns: int) -> ndarray:
+        kept = keep[r].copy()
+        kept[list(columns)] ^= True
+        return kept
+
+    now = [row_loss(r, keep[r]) for r in range(rows)]
+    single = {(r, c): row_loss(r, flipped(r, c)) - now[r] for r in range(rows) for c in range(cols)}
+    found = []
+    for r, i in single:
+        for s, j in single:
+            if not keep[r, i] or keep[s, j] or (group is not None and (r != s or group[i] != group[j])):
+                continue
+            change = row_loss(r, flipped(r, i, j)) - now[r] if r == s else single[r, i] + single[s, j]
+            found.append(sum(now) + change)
+    return found
