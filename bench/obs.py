@@ -255,8 +255,8 @@ def tables(found: dict[str, Any]) -> str:
     if "masks" in found:
         kinds = [k for k in found["masks"][0] if k not in ("layer", "pattern")]
         lines += [
-            "Share of the output energy lost on resnet20_cifar100, every mask with its exact weights; `sparsegpt` is that "
-            "method with its own:",
+            "Share of the output energy lost on resnet20_cifar100, all masks with their exact weights; `sparsegpt` is "
+            "that method with its own:",
             "",
         ]
         lines += [f"| layer | pattern | {' | '.join(kinds)} | admm, exchange / obs |"]

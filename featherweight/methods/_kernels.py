@@ -17,14 +17,14 @@ product whenever it has grown to some hundred steps (see traces.py).
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from featherweight.methods._numba import FAST
+from featherweight.methods._numba import compiled, parallel
 
 RECENT = 32  # rows of the factor that are kept row by row
 
 
-@njit(cache=True, fastmath=FAST, boundscheck=False)
+@compiled()
 def _inverse_row(base, whole, where, factor, recent, step, active, p, row):  # pragma: no cover - compiled
     """Put row p of inv(H_M) into row[:active], after `step` removals.
 
@@ -81,7 +81,7 @@ def _inverse_row(base, whole, where, factor, recent, step, active, p, row):  # p
         s += 1
 
 
-@njit(cache=True, fastmath=FAST, boundscheck=False)
+@compiled()
 def _drop(factor, recent, step, active, p):  # pragma: no cover - compiled
     """Column p leaves, the last active one takes its place. recent[step % RECENT] holds the factor's row `step` by now:
     row p of the inverse by the root of its diagonal entry."""
@@ -96,7 +96,7 @@ def _drop(factor, recent, step, active, p):  # pragma: no cover - compiled
         _settle(factor, recent, step - now, RECENT, last)
 
 
-@njit(cache=True, fastmath=FAST, boundscheck=False)
+@compiled()
 def _settle(factor, recent, first, count, active):  # pragma: no cover - compiled
     """Move `count` recent rows to the columns of the factor, from row `first` on."""
     for i in range(active):
@@ -105,62 +105,64 @@ def _settle(factor, recent, first, count, active):  # pragma: no cover - compile
             own[first + s] = recent[s, i]
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bucket, first, steps, order, losses):
     """`steps` removals of ExactOBS in every row, single columns: always the one that costs least, w² / (2 diag), in a
     bucket that may still lose some.
 
     base: (rows or 1, n, n), filled on both sides of the diagonal where it is one for all rows. State of every row, with
     its active columns in front, changed in place: where, index, value, diag, closed (rows, cols), the last 0, or inf in
-    a full bucket. factor: (rows, cols, steps), of this call. keys: (rows, cols), scratch, integers as wide as a value:
+    a full bucket. factor: (workers, cols, steps), of this call: one for each row where it is needed afterwards, otherwise
+    every worker uses one again and again, which stays in its cache. keys: (rows, cols), scratch, integers as wide as a value:
     those of floats above zero are in the same order, and the smallest integer is found without a branch. quota: (rows,
     buckets) int32, how many removals each bucket still takes; bucket: (cols,) of each column. first: removals before
     this call. order, losses: (rows, total), filled from `first` on.
     """
     rows, cols = value.shape  # pragma: no cover - compiled
     stride = 1 if len(base) > 1 else 0
-    for r in prange(rows):
-        own = base[np.int64(r) * stride]
-        row = np.empty(cols, value.dtype)
-        recent = np.empty((RECENT, cols), value.dtype)
-        v, d, shut, key = value[r], diag[r], closed[r], keys[r]
-        score = key.view(value.dtype)
-        active = cols - first
-        for i in range(active):
-            score[i] = v[i] * v[i] / d[i] + shut[i]
-        for step in range(steps):
-            least = key[0]
-            for i in range(1, active):
-                least = min(least, key[i])
-            p = 0
-            while key[p] != least:
-                p += 1
-            order[r, first + step] = index[r, p]
-            losses[r, first + step] = score[p] / 2
-            full = bucket[index[r, p]]
-            quota[r, full] -= 1
-            if quota[r, full] == 0:
-                for i in range(active):
-                    if bucket[index[r, i]] == full:
-                        shut[i] = np.inf
-            _inverse_row(own, stride == 0, where[r], factor[r], recent, step, active, p, row)
-            inverse = 1 / np.sqrt(row[p])
-            move = v[p] * inverse
-            new = recent[step % RECENT]
+    for worker in prange(len(factor)):
+        for r in range(worker, rows, len(factor)):
+            own = base[np.int64(r) * stride]
+            row = np.empty(cols, value.dtype)
+            recent = np.empty((RECENT, cols), value.dtype)
+            v, d, shut, key = value[r], diag[r], closed[r], keys[r]
+            score = key.view(value.dtype)
+            active = cols - first
             for i in range(active):
-                x = row[i] * inverse
-                new[i] = x
-                d[i] -= x * x
-                v[i] -= x * move
                 score[i] = v[i] * v[i] / d[i] + shut[i]
-            _drop(factor[r], recent, step, active, p)
-            active -= 1
-            where[r, p], index[r, p] = where[r, active], index[r, active]
-            v[p], d[p], shut[p], score[p] = v[active], d[active], shut[active], score[active]
-        _settle(factor[r], recent, steps - steps % RECENT, steps % RECENT, active)
+            for step in range(steps):
+                least = key[0]
+                for i in range(1, active):
+                    least = min(least, key[i])
+                p = cols
+                for i in range(active):  # the first of the smallest; vectorised, as a loop that breaks would not be
+                    p = min(p, i if key[i] == least else cols)
+                order[r, first + step] = index[r, p]
+                losses[r, first + step] = score[p] / 2
+                full = bucket[index[r, p]]
+                quota[r, full] -= 1
+                if quota[r, full] == 0:
+                    for i in range(active):
+                        if bucket[index[r, i]] == full:
+                            shut[i] = np.inf
+                _inverse_row(own, stride == 0, where[r], factor[worker], recent, step, active, p, row)
+                inverse = 1 / np.sqrt(row[p])
+                move = v[p] * inverse
+                new = recent[step % RECENT]
+                for i in range(active):
+                    x = row[i] * inverse
+                    new[i] = x
+                    d[i] -= x * x
+                    v[i] -= x * move
+                    score[i] = v[i] * v[i] / d[i] + shut[i]
+                _drop(factor[worker], recent, step, active, p)
+                active -= 1
+                where[r, p], index[r, p] = where[r, active], index[r, active]
+                v[p], d[p], shut[p], score[p] = v[active], d[active], shut[active], score[active]
+            _settle(factor[worker], recent, steps - steps % RECENT, steps % RECENT, active)
 
 
-@njit(cache=True, fastmath=FAST, boundscheck=False)
+@compiled()
 def _block_score(value, block, size):  # pragma: no cover - compiled
     """w inv(D) wᵀ for a block of weights and its block D of the inverse Hessian, by the Cholesky factor of D."""
     factor = np.empty((size, size), value.dtype)
@@ -180,7 +182,7 @@ def _block_score(value, block, size):  # pragma: no cover - compiled
     return score
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def prune_block_steps(base, where, factor, index, value, diag, blocks, first, steps, order, losses):
     """Like prune_steps for blocks of `size` columns that lie side by side, removed whole, score w_P inv(D_PP) w_Pᵀ.
 
@@ -190,60 +192,61 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
     rows, cols = value.shape  # pragma: no cover - compiled
     stride = 1 if len(base) > 1 else 0
     size = blocks.shape[2]
-    for r in prange(rows):
-        own = base[np.int64(r) * stride]
-        row = np.empty(cols, value.dtype)
-        recent = np.empty((RECENT, cols), value.dtype)
-        count = cols // size - first
-        scores = np.empty(count, value.dtype)
-        for b in range(count):
-            scores[b] = _block_score(value[r, b * size : (b + 1) * size], blocks[r, b], size)
-        for step in range(steps):
-            chosen, best = 0, np.inf
-            for b in range(count):
-                if scores[b] < best:
-                    chosen, best = b, scores[b]
-            order[r, first + step] = index[r, chosen * size] // size
-            losses[r, first + step] = max(best, 0.0) / 2
-            last = count - 1
-            if chosen != last:  # bring the block to the end
-                now = step * size % RECENT
-                for k in range(size):
-                    a, b = chosen * size + k, last * size + k
-                    where[r, a], where[r, b] = where[r, b], where[r, a]
-                    index[r, a], index[r, b] = index[r, b], index[r, a]
-                    value[r, a], value[r, b] = value[r, b], value[r, a]
-                    diag[r, a], diag[r, b] = diag[r, b], diag[r, a]
-                    for s in range(step * size - now):
-                        factor[r, a, s], factor[r, b, s] = factor[r, b, s], factor[r, a, s]
-                    for s in range(now):
-                        recent[s, a], recent[s, b] = recent[s, b], recent[s, a]
-                blocks[r, chosen] = blocks[r, last]
-            for k in range(size):
-                active, now = count * size - k, step * size + k
-                p = active - 1
-                _inverse_row(own, stride == 0, where[r], factor[r], recent, now, active, p, row)
-                inverse = 1 / np.sqrt(row[p])
-                move = value[r, p] * inverse
-                new = recent[now % RECENT]
-                for i in range(active):
-                    row[i] *= inverse
-                    new[i] = row[i]
-                    diag[r, i] -= row[i] * row[i]
-                    value[r, i] -= row[i] * move
-                _drop(factor[r], recent, now, active, p)
-                for b in range(last):
-                    for i in range(size):
-                        for j in range(size):
-                            blocks[r, b, i, j] -= row[b * size + i] * row[b * size + j]
-            count -= 1
+    for worker in prange(len(factor)):
+        for r in range(worker, rows, len(factor)):
+            own = base[np.int64(r) * stride]
+            row = np.empty(cols, value.dtype)
+            recent = np.empty((RECENT, cols), value.dtype)
+            count = cols // size - first
+            scores = np.empty(count, value.dtype)
             for b in range(count):
                 scores[b] = _block_score(value[r, b * size : (b + 1) * size], blocks[r, b], size)
-        done = steps * size
-        _settle(factor[r], recent, done - done % RECENT, done % RECENT, count * size)
+            for step in range(steps):
+                chosen, best = 0, np.inf
+                for b in range(count):
+                    if scores[b] < best:
+                        chosen, best = b, scores[b]
+                order[r, first + step] = index[r, chosen * size] // size
+                losses[r, first + step] = max(best, 0.0) / 2
+                last = count - 1
+                if chosen != last:  # bring the block to the end
+                    now = step * size % RECENT
+                    for k in range(size):
+                        a, b = chosen * size + k, last * size + k
+                        where[r, a], where[r, b] = where[r, b], where[r, a]
+                        index[r, a], index[r, b] = index[r, b], index[r, a]
+                        value[r, a], value[r, b] = value[r, b], value[r, a]
+                        diag[r, a], diag[r, b] = diag[r, b], diag[r, a]
+                        for s in range(step * size - now):
+                            factor[worker, a, s], factor[worker, b, s] = factor[worker, b, s], factor[worker, a, s]
+                        for s in range(now):
+                            recent[s, a], recent[s, b] = recent[s, b], recent[s, a]
+                    blocks[r, chosen] = blocks[r, last]
+                for k in range(size):
+                    active, now = count * size - k, step * size + k
+                    p = active - 1
+                    _inverse_row(own, stride == 0, where[r], factor[worker], recent, now, active, p, row)
+                    inverse = 1 / np.sqrt(row[p])
+                    move = value[r, p] * inverse
+                    new = recent[now % RECENT]
+                    for i in range(active):
+                        row[i] *= inverse
+                        new[i] = row[i]
+                        diag[r, i] -= row[i] * row[i]
+                        value[r, i] -= row[i] * move
+                    _drop(factor[worker], recent, now, active, p)
+                    for b in range(last):
+                        for i in range(size):
+                            for j in range(size):
+                                blocks[r, b, i, j] -= row[b * size + i] * row[b * size + j]
+                count -= 1
+                for b in range(count):
+                    scores[b] = _block_score(value[r, b * size : (b + 1) * size], blocks[r, b], size)
+            done = steps * size
+            _settle(factor[worker], recent, done - done % RECENT, done % RECENT, count * size)
 
 
-@njit(cache=True, parallel=True, boundscheck=False)
+@parallel()
 def compact(base, where, active):
     """Bring the active columns' entries of every row's base, kept below the diagonal, to its first `active` places, in
     the order of `where`, (rows, cols), which then counts up. Columns beyond `active` never replace each other: a place
@@ -265,7 +268,7 @@ def compact(base, where, active):
             place[p] = p
 
 
-@njit(cache=True, fastmath=FAST, boundscheck=False)
+@compiled()
 def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cover - compiled
     """OBQ with the outlier rule on one row; value, step_size and offset are overwritten, codes (uint8) filled."""
     cols = len(value)
@@ -307,7 +310,7 @@ def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cov
         step_size[p], offset[p] = step_size[active], offset[active]
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def quantize_rows(w, hinv, scale, zero, top):  # pragma: no cover - compiled
     """OBQ with the outlier rule for rows that share one inverse Hessian.
 
@@ -320,7 +323,7 @@ def quantize_rows(w, hinv, scale, zero, top):  # pragma: no cover - compiled
     return codes
 
 
-@njit(cache=True, fastmath=FAST, boundscheck=False)
+@compiled()
 def _kept_cholesky(hessian, kept):  # pragma: no cover - compiled
     """Lower Cholesky factor of H restricted to the columns `kept`."""
     n = len(kept)
@@ -337,7 +340,7 @@ def _kept_cholesky(hessian, kept):  # pragma: no cover - compiled
     return factor
 
 
-@njit(cache=True, fastmath=FAST, boundscheck=False)
+@compiled()
 def _inverse(factor):  # pragma: no cover - compiled
     """inv(L Lᵀ) = inv(L)ᵀ inv(L) from the lower factor L."""
     n = len(factor)
@@ -364,7 +367,7 @@ def _inverse(factor):  # pragma: no cover - compiled
     return out
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def quantize_kept_rows(w, hessian, scale, zero, keep, top):  # pragma: no cover - compiled
     """Like quantize_rows, every row on its own support: only entries where `keep` (rows, cols) is true get codes and
     absorb errors, with the inverse of the Hessian restricted to them."""
@@ -381,7 +384,7 @@ def quantize_kept_rows(w, hessian, scale, zero, keep, top):  # pragma: no cover 
     return codes
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def refit_rows(w, hessian, keep):  # pragma: no cover - compiled
     """Least-squares optimal weights on a given support: argmin over v of (v - w) H (v - w)ᵀ, v zero where `keep` is
     false, row by row: v_K = w_K + inv(H_KK) H_KP w_P with P the removed entries.

@@ -1,9 +1,15 @@
-"""What both files of compiled kernels share."""
+"""How the solvers' inner loops are compiled."""
+
+from functools import partial
 
 import numba
 import torch
 
-FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
+# Sums may be reordered; NaN and infinity keep their meaning. A division that looks for zeros would not be vectorised.
+compiled = partial(
+    numba.njit, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False, error_model="numpy"
+)
+parallel = partial(compiled, parallel=True)
 
 
 def start_threads() -> None:

@@ -2,12 +2,12 @@
 one depends neither on the others nor on the number of threads."""
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from featherweight.methods._numba import FAST
+from featherweight.methods._numba import parallel
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def polish_rows(w, hessian, scale, zero, keep, codes, top, sweeps):  # pragma: no cover - compiled
     """Coordinate descent on the codes of every row, in place: column after column, the best code with all others fixed,
     until a sweep changes nothing (at most `sweeps`). (v - w) H (v - w)ᵀ never rises."""
@@ -40,7 +40,7 @@ def polish_rows(w, hessian, scale, zero, keep, codes, top, sweeps):  # pragma: n
 TILE = 8  # rows that go through a Hessian factor together, so that it is read from memory once for all of them
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def feedback_rows(w, upper, scale, zero, keep, top):  # pragma: no cover - compiled
     """GPTQ: round column after column, moving each error onto the columns behind it.
 
@@ -68,7 +68,7 @@ def feedback_rows(w, upper, scale, zero, keep, top):  # pragma: no cover - compi
     return codes, errors
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def best_grid(w, importance, scales, zeros, top):  # pragma: no cover - compiled
     """Which of the candidate grids rounds each group with the smallest weighted squared error, (groups,).
 

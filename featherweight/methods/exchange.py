@@ -15,11 +15,11 @@ idea as local search in best-subset selection (1611.03267); the pairs are all lo
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from featherweight.methods import patterns
-from featherweight.methods._numba import FAST
+from featherweight.methods._numba import compiled, parallel
 from featherweight.methods.patterns import NM, Pattern, Unstructured
 from featherweight.stats import LayerStats
 
@@ -110,7 +110,7 @@ def _swept(unit: Tensor, pulled: Tensor, keep: Tensor, some: Tensor) -> tuple[np
     return tables.numpy(), x.numpy()
 
 
-@njit(cache=True, fastmath=FAST, boundscheck=False)
+@compiled()
 def _pivot(t, x, j, sign):  # pragma: no cover - compiled
     """Column j changes sides: it comes back (sign 1) or goes (sign -1)."""
     d, n = t[j, j], len(x)
@@ -126,7 +126,7 @@ def _pivot(t, x, j, sign):  # pragma: no cover - compiled
     t[j, j], x[j] = -1 / d, sign * move
 
 
-@njit(cache=True, parallel=True, fastmath=FAST, boundscheck=False)
+@parallel()
 def exchange_rows(tables, xs, keep, group, tiny):  # pragma: no cover - compiled
     """Exchange the best pair of every row, both of one group, until none gains more than `tiny`; tables, xs and keep
     are changed in place. Returns what the best entry to bring back would gain, which one, what the best one to remove

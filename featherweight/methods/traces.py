@@ -113,14 +113,14 @@ class _Rows:
 
 
 def _tiles(w: Array, inverse: Array, steps: int, size: int = 1):
-    """(rows, their state, the inverse (1, cols, cols)) for as many rows at a time as TILE allows."""
+    """(rows, their state, the inverse (1, cols, cols)): of a wide layer as many rows at a time as TILE allows, else
+    all."""
     rows, cols = w.shape
     inverse = np.ascontiguousarray(inverse)
-    wide = cols >= WIDE and steps > CHUNK
+    threads, wide = torch.get_num_threads(), cols >= WIDE and steps > CHUNK
     length = max(CHUNK // size, 1) * size if wide else steps
-    each = (length * cols + (cols * cols if wide else 0)) * w.itemsize
-    height = min(max(TILE // max(each, 1), torch.get_num_threads()), rows)
-    factor = np.empty((height, cols, length), w.dtype)  # for all tiles: it stays in the cache
+    height = min(max(TILE // (4 * cols * (length + cols)), threads), rows) if wide else rows
+    factor = np.empty((height if wide else min(threads, rows), cols, length), w.dtype)
     for first in range(0, rows, height):
         part = slice(first, min(first + height, rows))
         count = part.stop - part.start
