@@ -64,7 +64,7 @@ def exact_obs(rows: int, cols: int, part: int) -> dict[str, Any]:
     """A full trace of all rows, against the plain one of `part` rows."""
     w, hessian = layer(rows, cols)
     inverse = torch.linalg.inv(hessian).float()
-    ours, found = best_of(3, lambda: trace(w, inverse, cols))
+    ours, found = best_of(5, lambda: trace(w, inverse, cols))
     start = time.perf_counter()
     _, losses = plain.prune_trace(w[:part], inverse)
     theirs = time.perf_counter() - start
@@ -85,7 +85,7 @@ def quantization(rows: int, cols: int, part: int) -> dict[str, Any]:
     w, hessian = layer(rows, cols)
     points = choose(w.double(), GridSpec(3))
     scale, zero = points.scale.float(), (torch.zeros(1) if points.zero is None else points.zero).float()
-    ours, codes = best_of(3, lambda: obq_module.greedy(w.double(), hessian[None], points, dtype=torch.float32))
+    ours, codes = best_of(5, lambda: obq_module.greedy(w.double(), hessian[None], points, dtype=torch.float32))
     start = time.perf_counter()
     found = plain.quantize(w[:part], torch.linalg.inv(hessian).float(), scale[:part], zero[:part], 7)
     theirs = time.perf_counter() - start

@@ -112,11 +112,11 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
 
     base: (rows or 1, n, n), filled on both sides of the diagonal where it is one for all rows. State of every row, with
     its active columns in front, changed in place: where, index, value, diag, closed (rows, cols), the last 0, or inf in
-    a full bucket. factor: (workers, cols, steps), of this call: one for each row where it is needed afterwards, otherwise
-    every worker uses one again and again, which stays in its cache. keys: (rows, cols), scratch, integers as wide as a value:
-    those of floats above zero are in the same order, and the smallest integer is found without a branch. quota: (rows,
-    buckets) int32, how many removals each bucket still takes; bucket: (cols,) of each column. first: removals before
-    this call. order, losses: (rows, total), filled from `first` on.
+    a full bucket. factor: (workers, cols, steps), of this call: one for each row where it is needed afterwards; else a
+    worker uses one for all its rows, and it stays in the cache. keys: (rows, cols), scratch, integers as wide as a
+    value: those of floats above zero are in the same order, and the smallest integer is found without a branch. quota:
+    (rows, buckets) int32, how many removals each bucket still takes; bucket: (cols,) of each column. first: removals
+    before this call. order, losses: (rows, total), filled from `first` on.
     """
     rows, cols = value.shape  # pragma: no cover - compiled
     stride = 1 if len(base) > 1 else 0
@@ -247,11 +247,24 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
 
 
 @parallel()
+def spread(inverse, base, where, active):
+    """The active columns' entries of the inverse, on and below the diagonal, to the first `active` places of every
+    row's own base, in the order of `where`, (rows, cols), which then counts up."""
+    for r in prange(len(where)):  # pragma: no cover - compiled
+        own, place = base[r], where[r]
+        for p in range(active):
+            source, target = inverse[place[p]], own[p]
+            for i in range(p + 1):
+                target[i] = source[place[i]]
+        for p in range(active):
+            place[p] = p
+
+
+@parallel()
 def compact(base, where, active):
-    """Bring the active columns' entries of every row's base, kept below the diagonal, to its first `active` places, in
-    the order of `where`, (rows, cols), which then counts up. Columns beyond `active` never replace each other: a place
+    """Bring the active columns' entries of every row's base to its first `active` places, likewise. Columns beyond `active` never replace each other: a place
     in front holds its own column, or one from behind that took the place of a removed one."""
-    for r in prange(len(base)):  # pragma: no cover - compiled
+    for r in prange(len(where)):  # pragma: no cover - compiled
         own, place = base[r], where[r]
         for p in range(active):
             q = place[p]
@@ -269,33 +282,39 @@ def compact(base, where, active):
 
 
 @compiled()
-def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cover - compiled
-    """OBQ with the outlier rule on one row; value, step_size and offset are overwritten, codes (uint8) filled."""
+def _quantize_row(
+    base, whole, where, factor, index, value, diag, scale, zero, near, far, top, first, steps, codes
+):  # pragma: no cover - compiled
+    """`steps` roundings of OBQ with the outlier rule in one row. near, far: (cols,), scratch, integers as wide as a
+    value (see prune_steps). The rest as in quantize_steps."""
     cols = len(value)
-    index = np.arange(cols)
-    diag = np.empty(cols, value.dtype)
-    for i in range(cols):
-        diag[i] = hinv[i, i]
-    factor = np.empty((cols, cols), value.dtype)
+    score, outside = near.view(value.dtype), far.view(value.dtype)
     recent = np.empty((RECENT, cols), value.dtype)
     row = np.empty(cols, value.dtype)
-    active = cols
-    for step in range(cols):
-        p, best, outlier, worst = 0, np.inf, -1, 0.0
+    none = top - top
+    edge = scale[0] / scale[0] * 0.5001  # rounding noise is no outlier
+    active = cols - first
+    for step in range(steps):
         for i in range(active):
-            code = min(max(np.rint(value[i] / step_size[i] + offset[i]), 0.0), top)
-            error = abs(value[i] - step_size[i] * (code - offset[i]))
-            score = error * error / diag[i]
-            if score < best:
-                p, best = i, score
-            if error > 0.5001 * step_size[i] and error > worst:  # rounding noise is no outlier
-                outlier, worst = i, error
-        if outlier >= 0:
-            p = outlier
-        code = min(max(np.rint(value[p] / step_size[p] + offset[p]), 0.0), top)
+            code = min(max(np.rint(value[i] / scale[i] + zero[i]), none), top)
+            error = abs(value[i] - scale[i] * (code - zero[i]))
+            score[i] = error * error / diag[i]
+            outside[i] = error if error > edge * scale[i] else none
+        least, furthest = near[0], far[0]
+        for i in range(1, active):
+            least = min(least, near[i])
+            furthest = max(furthest, far[i])
+        p = cols
+        if furthest > 0:
+            for i in range(active):
+                p = min(p, i if far[i] == furthest else cols)
+        else:
+            for i in range(active):
+                p = min(p, i if near[i] == least else cols)
+        code = min(max(np.rint(value[p] / scale[p] + zero[p]), none), top)
         codes[index[p]] = np.uint8(code)
-        residual = value[p] - step_size[p] * (code - offset[p])
-        _inverse_row(hinv, True, index, factor, recent, step, active, p, row)
+        residual = value[p] - scale[p] * (code - zero[p])
+        _inverse_row(base, whole, where, factor, recent, step, active, p, row)
         inverse = 1 / np.sqrt(row[p])
         move = residual * inverse
         new = recent[step % RECENT]
@@ -306,21 +325,27 @@ def _quantize_row(value, hinv, step_size, offset, top, codes):  # pragma: no cov
             value[i] -= x * move
         _drop(factor, recent, step, active, p)
         active -= 1
-        index[p], value[p], diag[p] = index[active], value[active], diag[active]
-        step_size[p], offset[p] = step_size[active], offset[active]
+        where[p], index[p], value[p], diag[p] = where[active], index[active], value[active], diag[active]
+        scale[p], zero[p] = scale[active], zero[active]
+    _settle(factor, recent, steps - steps % RECENT, steps % RECENT, active)
 
 
 @parallel()
-def quantize_rows(w, hinv, scale, zero, top):  # pragma: no cover - compiled
-    """OBQ with the outlier rule for rows that share one inverse Hessian.
+def quantize_steps(
+    base, where, factor, index, value, diag, scale, zero, near, far, top, first, steps, codes
+):  # pragma: no cover - compiled
+    """`steps` roundings of OBQ with the outlier rule in every row: the weight furthest outside its grid, or else the
+    one whose rounding costs least.
 
-    w, scale, zero: (rows, cols). top: largest code. Returns codes (rows, cols) uint8.
+    base, where, factor, index, value, diag, first: see prune_steps. scale, zero: (rows, cols), in the order of the
+    active columns. top: largest code, of the type of the values. codes: (rows, cols) uint8, filled.
     """
-    rows, cols = w.shape
-    codes = np.zeros((rows, cols), np.uint8)
-    for r in prange(rows):
-        _quantize_row(w[r].copy(), hinv, scale[r].copy(), zero[r].copy(), top, codes[r])
-    return codes
+    whole = len(base) == 1
+    for worker in prange(len(factor)):
+        for r in range(worker, len(value), len(factor)):
+            own = base[0] if whole else base[r]
+            state = where[r], factor[worker], index[r], value[r], diag[r], scale[r], zero[r], near[r], far[r]
+            _quantize_row(own, whole, *state, top, first, steps, codes[r])
 
 
 @compiled()
@@ -369,17 +394,20 @@ def _inverse(factor):  # pragma: no cover - compiled
 
 @parallel()
 def quantize_kept_rows(w, hessian, scale, zero, keep, top):  # pragma: no cover - compiled
-    """Like quantize_rows, every row on its own support: only entries where `keep` (rows, cols) is true get codes and
-    absorb errors, with the inverse of the Hessian restricted to them."""
+    """OBQ with the outlier rule, every row on its own support: only entries where `keep` (rows, cols) is true get codes
+    and absorb errors, with the inverse of the Hessian restricted to them. float64."""
     rows, cols = w.shape
     codes = np.zeros((rows, cols), np.uint8)
     for r in prange(rows):
         kept = np.nonzero(keep[r])[0]
-        if len(kept):
-            own = np.zeros(len(kept), np.uint8)
+        n = len(kept)
+        if n:
             hinv = _inverse(_kept_cholesky(hessian, kept))
-            _quantize_row(w[r][kept], hinv, scale[r][kept], zero[r][kept], top, own)
-            for i in range(len(kept)):
+            own, where, index = np.zeros(n, np.uint8), np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32)
+            diag, near, far = np.diag(hinv).copy(), np.empty(n, np.int64), np.empty(n, np.int64)
+            state = where, np.empty((n, n), w.dtype), index, w[r][kept], diag, scale[r][kept], zero[r][kept], near, far
+            _quantize_row(hinv, True, *state, top, 0, n, own)
+            for i in range(n):
                 codes[r, kept[i]] = own[i]
     return codes
 

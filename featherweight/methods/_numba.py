@@ -1,15 +1,17 @@
 """How the solvers' inner loops are compiled."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numba
 import torch
 
 # Sums may be reordered; NaN and infinity keep their meaning. A division that looks for zeros would not be vectorised.
-compiled = partial(
+compiled: Callable[..., Any] = partial(
     numba.njit, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False, error_model="numpy"
 )
-parallel = partial(compiled, parallel=True)
+parallel: Callable[..., Any] = partial(compiled, parallel=True)
 
 
 def start_threads() -> None:

@@ -23,11 +23,11 @@ from torch import Tensor
 from featherweight._linalg import damped_cholesky
 from featherweight.errors import require
 from featherweight.methods import gptq
-from featherweight.methods._kernels import quantize_kept_rows, quantize_rows
+from featherweight.methods._kernels import quantize_kept_rows, quantize_steps
 from featherweight.methods._rounding import polish_rows
 from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.grids import GridSpec, Points, choose
-from featherweight.methods.traces import precision
+from featherweight.methods.traces import integers, precision, stages
 from featherweight.stats import LayerStats
 from featherweight.weights import Sparse
 
@@ -98,7 +98,11 @@ def greedy(
             w_rows, shared, scales, zeros = (
                 _array(t.to(dtype)) for t in (w[block], inverse, scale[block], zero[block])
             )
-            codes[block] = torch.from_numpy(quantize_rows(w_rows, shared, scales, zeros, top))
+            near, far, own = integers(w_rows), integers(w_rows), codes[block].numpy()
+            scales, zeros = scales.copy(), zeros.copy()  # they change places
+            for part, state, base, done, now in stages(w_rows, shared, w.shape[1]):
+                grids = scales[part], zeros[part], near[part], far[part], w_rows.dtype.type(top)
+                quantize_steps(base, *state.rows, *grids, done, now, own[part])
         else:
             w_rows, scales, zeros = (_array(t[block]) for t in (w, scale, zero))
             kept = _array(keep[block])

@@ -5,6 +5,7 @@ is where the removals arrive anyway. Nothing else of the loop is kept: a layer o
 would have 43 GB of float32 weights along the way.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
@@ -12,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featherweight.methods._kernels import compact, prune_block_steps, prune_steps
+from featherweight.methods._kernels import compact, prune_block_steps, prune_steps, spread
 
 Array: TypeAlias = np.ndarray
 
 WIDE = 900  # columns from which every row gets an inverse of its own, brought up to date every CHUNK columns
-CHUNK = 256
+CHUNK = 192
 PANEL = 256  # columns of that update at a time: it is symmetric, so what lies above the diagonal can be left out
 TILE = 1 << 25  # bytes of thin factors that are held at a time
 SAFE = 1e-7  # relative damping a column from which float32 is enough: it bounds the entries of the inverse
@@ -50,18 +51,11 @@ def trace(w: Tensor, inverse: Tensor, steps: int, bucket: Tensor | None = None, 
     of = np.zeros(cols, np.int32) if bucket is None else bucket.numpy().astype(np.int32)
     room = np.full(1, steps, np.int32) if quota is None else quota.numpy().astype(np.int32)
     order, losses = np.empty((rows, steps), np.int32), np.empty((rows, steps), w.numpy().dtype)
-    for part, state, base in _tiles(w.numpy(), inverse.numpy(), steps):
-        left = np.repeat(room[None], len(state.value), axis=0)
-        closed = np.where(room[of] > 0, 0.0, np.inf).astype(state.value.dtype)
-        closed = np.repeat(closed[None], len(state.value), axis=0)
-        keys = np.empty(state.value.shape, np.int32 if state.value.itemsize == 4 else np.int64)
-        done = 0
-        while done < steps:
-            now = min(state.length, steps - done)
-            moments = state.where, state.factor, state.index, state.value, state.diag
-            prune_steps(base, *moments, keys, closed, left, of, done, now, order[part], losses[part])
-            done += now
-            base = state.updated(base, now, cols - done) if done < steps else base
+    left = np.repeat(room[None], rows, axis=0)
+    closed = np.repeat(np.where(room[of] > 0, 0.0, np.inf).astype(losses.dtype)[None], rows, axis=0)
+    keys = integers(w.numpy())
+    for part, state, base, done, now in stages(w.numpy(), inverse.numpy(), steps):
+        prune_steps(base, *state.rows, keys[part], closed[part], left[part], of, done, now, order[part], losses[part])
     return Trace(torch.from_numpy(order), torch.from_numpy(losses).double())
 
 
@@ -74,59 +68,70 @@ def block_trace(w: Tensor, inverse: Tensor, size: int, steps: int) -> Trace:
     order, losses = np.empty((rows, steps), np.int32), np.empty((rows, steps), w.numpy().dtype)
     count = cols // size
     own = inverse.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).numpy()
-    for part, state, base in _tiles(w.numpy(), inverse.numpy(), steps * size, size):
-        blocks = np.repeat(own[None], len(state.value), axis=0)
-        done = 0
-        while done < steps:
-            now = min(state.length // size, steps - done)
-            moments = state.where, state.factor, state.index, state.value, state.diag
-            prune_block_steps(base, *moments, blocks, done, now, order[part], losses[part])
-            done += now
-            base = state.updated(base, now * size, cols - done * size) if done < steps else base
+    blocks = np.repeat(own[None], rows, axis=0)
+    for part, state, base, done, now in stages(w.numpy(), inverse.numpy(), steps, size):
+        prune_block_steps(base, *state.rows, blocks[part], done, now, order[part], losses[part])
     return Trace(torch.from_numpy(order), torch.from_numpy(losses).double())
+
+
+def integers(values: Array) -> Array:
+    """Scratch of the kernels: integers as wide as the values."""
+    return np.empty(values.shape, np.int32 if values.itemsize == 4 else np.int64)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Where the loops of some rows stand, active columns in front (see prune_steps). length: steps that the factor
-    holds."""
+class Active:
+    """Where the loops of some rows stand, active columns in front (see prune_steps)."""
 
     where: Array
     index: Array
     value: Array
     diag: Array
     factor: Array
-    length: int
 
-    def updated(self, base: Array, steps: int, active: int) -> Array:
-        """The inverse of every row, (rows, cols, cols) below the diagonal, with the factor's `steps` taken off."""
-        if len(base) == 1:
-            base = np.repeat(base, len(self.value), axis=0)
-        compact(base, self.where, active)
-        for r in range(len(base)):
+    @property
+    def rows(self) -> tuple[Array, ...]:
+        """As the kernels take them."""
+        return self.where, self.factor, self.index, self.value, self.diag
+
+    def update(self, base: Array, steps: int, active: int) -> None:
+        """Take the factor's `steps` off the inverse of every row, which holds the active columns in front already."""
+        for r in range(len(self.value)):
             own, factor = torch.from_numpy(base[r]), torch.from_numpy(self.factor[r, :active, :steps])
             for first in range(0, active, PANEL):
                 last = min(first + PANEL, active)
                 own[first:active, first:last].addmm_(factor[first:], factor[first:last].T, alpha=-1)
-        return base
 
 
-def _tiles(w: Array, inverse: Array, steps: int, size: int = 1):
-    """(rows, their state, the inverse (1, cols, cols)): of a wide layer as many rows at a time as TILE allows, else
-    all."""
+def stages(w: Array, inverse: Array, steps: int, size: int = 1) -> Iterator[tuple[slice, Active, Array, int, int]]:
+    """The calls of a kernel that make `steps` removals of `size` columns in all rows: which rows, their state, the
+    inverse (rows or 1, cols, cols), removals before, and removals now.
+
+    Of a wide layer as many rows at a time as TILE allows, each with an inverse that is brought up to date every CHUNK
+    columns; else all rows at once.
+    """
     rows, cols = w.shape
     inverse = np.ascontiguousarray(inverse)
-    threads, wide = torch.get_num_threads(), cols >= WIDE and steps > CHUNK
-    length = max(CHUNK // size, 1) * size if wide else steps
-    height = min(max(TILE // (4 * cols * (length + cols)), threads), rows) if wide else rows
-    factor = np.empty((height if wide else min(threads, rows), cols, length), w.dtype)
+    threads, wide = torch.get_num_threads(), cols >= WIDE and steps * size > CHUNK
+    length = max(CHUNK // size, 1) if wide else max(steps, 1)
+    each = w.itemsize * cols * (length * size + cols)
+    height = min(max(TILE // each // threads, 1) * threads, rows) if wide else rows
+    factor = np.empty((height if wide else min(threads, rows), cols, length * size), w.dtype)
+    owned = np.empty((height, cols, cols) if wide else 0, w.dtype)
     for first in range(0, rows, height):
         part = slice(first, min(first + height, rows))
         count = part.stop - part.start
         columns = np.repeat(np.arange(cols, dtype=np.int32)[None], count, axis=0)
         diag = np.repeat(inverse.diagonal()[None], count, axis=0)
-        yield part, _Rows(columns, columns.copy(), w[part].copy(), diag, factor[:count], length), inverse[None]
+        state, base = Active(columns, columns.copy(), w[part].copy(), diag, factor[:count]), inverse[None]
+        for done in range(0, steps, length):
+            if done:
+                active = cols - done * size
+                compact(owned, state.where, active) if done > length else spread(inverse, owned, state.where, active)
+                base = owned[:count]
+                state.update(base, length * size, active)
+            yield part, state, base, done, min(length, steps - done)
 
 
 def channel_trace(w: Tensor, inverse: Tensor, taps: int) -> Trace:
