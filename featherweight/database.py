@@ -178,7 +178,8 @@ def fingerprint(kind: str, *inputs: Any) -> str:
 
 def _environment() -> tuple[Any, ...]:
     """Whatever may change the last bit of a result, besides the inputs."""
-    libraries = np.__version__, numba.__version__, torch.__version__, torch.__config__.show()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    libraries = np.__version__, numba.__version__, torch.__version__, torch.__config__.show(), gpu
     return VERSION, VERSIONS, CODE, *libraries, llvmlite.binding.get_host_cpu_name(), torch.get_num_threads()
 
 

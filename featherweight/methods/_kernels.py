@@ -262,8 +262,9 @@ def spread(inverse, base, where, active):
 
 @parallel()
 def compact(base, where, active):
-    """Bring the active columns' entries of every row's base to its first `active` places, likewise. Columns beyond `active` never replace each other: a place
-    in front holds its own column, or one from behind that took the place of a removed one."""
+    """Bring the active columns' entries of every row's base to its first `active` places, likewise. Columns beyond
+    `active` never replace each other: a place in front holds its own column, or one from behind that took the place of
+    a removed one."""
     for r in prange(len(where)):  # pragma: no cover - compiled
         own, place = base[r], where[r]
         for p in range(active):

@@ -277,11 +277,13 @@ def _traced(
         level, peak = hessian[b].diagonal().mean(), own.abs().amax().clamp(min=1e-300)
         dtype = traces.precision(damp, cols)
         scaled, inverse = (own / peak).to(dtype), (inverse * level).to(dtype)  # far from the ends of float32
+        gpu = "cuda" if torch.cuda.is_available() else "cpu"
         match pattern:
             case Unstructured():
-                part = traces.trace(scaled, inverse, steps)
+                part = traces.trace(scaled.to(gpu), inverse.to(gpu), steps)
             case NM():
-                part = traces.trace(scaled, inverse, steps, *patterns.quota(pattern, cols, stats.taps))
+                room = patterns.quota(pattern, cols, stats.taps)
+                part = traces.trace(scaled.to(gpu), inverse.to(gpu), steps, *room)
             case Blocks():
                 columns = channel_groups(cols, stats.taps, pattern.size).reshape(-1)
                 part = traces.block_trace(*_arranged(scaled, inverse, columns), pattern.size, steps)

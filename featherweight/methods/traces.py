@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featherweight.methods import batched
 from featherweight.methods._kernels import compact, prune_block_steps, prune_steps, spread
 
 Array: TypeAlias = np.ndarray
@@ -44,12 +45,17 @@ def trace(w: Tensor, inverse: Tensor, steps: int, bucket: Tensor | None = None, 
     """ExactOBS (2208.11580, algorithm 1) on all rows, single weights, in the precision of the arguments.
 
     Args:
-        w: (rows, cols). inverse: (cols, cols), of the damped Hessian. steps: removals a row.
+        w: (rows, cols), inverse: (cols, cols), of the damped Hessian, both on the CPU or on a GPU. steps: removals a
+            row.
         bucket: (cols,) the bucket of each column, and quota: (buckets,) how many removals it takes, for N:M patterns.
     """
     rows, cols = w.shape
-    of = np.zeros(cols, np.int32) if bucket is None else bucket.numpy().astype(np.int32)
-    room = np.full(1, steps, np.int32) if quota is None else quota.numpy().astype(np.int32)
+    bucket = torch.zeros(cols, dtype=torch.int64) if bucket is None else bucket
+    quota = torch.tensor([steps]) if quota is None else quota
+    if w.is_cuda:
+        found = batched.removals(w, inverse, steps, bucket.to(w.device), quota.to(w.device))
+        return Trace(found[0].cpu(), found[1].cpu().double())
+    of, room = bucket.numpy().astype(np.int32), quota.numpy().astype(np.int32)
     order, losses = np.empty((rows, steps), np.int32), np.empty((rows, steps), w.numpy().dtype)
     left = np.repeat(room[None], rows, axis=0)
     closed = np.repeat(np.where(room[of] > 0, 0.0, np.inf).astype(losses.dtype)[None], rows, axis=0)

@@ -6,7 +6,7 @@ import torch
 
 from featherweight._linalg import damped
 from featherweight.errors import UsageError
-from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, Rtn, Status, Unstructured, obq
+from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Obs, Rtn, Status, Unstructured, obq, traces
 from featherweight.methods.grids import Points, choose
 from featherweight.stats import LayerStats
 from tests.methods.problems import dependent, inputs, problem, row_hessians, stats_of, weights
@@ -39,6 +39,20 @@ def test_greedy_rounds_weights_outside_the_grid_first():
     w, stats = problem(6, 12, seed=1)
     points = Points(GridSpec(2), (6, 12), torch.full((6, 1), 0.02), torch.ones(6, 1, dtype=torch.uint8))
     codes = obq.greedy(w, stats.gram, points)
+    for r, *row in rows_of(w, stats.gram, points):
+        assert codes[r].tolist() == obs.quantize_row(*row).tolist()
+
+
+@pytest.mark.parametrize("tile", [1, 1 << 25])
+@pytest.mark.parametrize("spec", SPECS)
+def test_wide_layers_are_rounded_alike(spec, tile, monkeypatch):
+    w, stats = problem(5, 24, seed=4)
+    points = choose(w, spec)
+    narrow = obq.greedy(w, stats.gram, points)
+    for name, value in (("WIDE", 4), ("CHUNK", 6), ("PANEL", 5), ("TILE", tile)):
+        monkeypatch.setattr(traces, name, value)
+    codes = obq.greedy(w, stats.gram, points)
+    assert torch.equal(codes, narrow)
     for r, *row in rows_of(w, stats.gram, points):
         assert codes[r].tolist() == obs.quantize_row(*row).tolist()
 
