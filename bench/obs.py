@@ -106,6 +106,7 @@ def grown(rows: int, cols: int, sparsity: float) -> dict[str, Any]:
     """One layer from weights and moments to its pruned form, in a process of its own for its peak memory."""
     w, hessian = layer(rows, cols)
     stats = LayerStats(hessian[None], torch.zeros(1, cols).double(), torch.ones(1, dtype=torch.int64))
+    Obs(Unstructured(sparsity), DAMP).solve(w[:1], stats)  # compiles
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     solution = Obs(Unstructured(sparsity), DAMP).solve(w, stats)

@@ -110,7 +110,7 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
     """`steps` removals of ExactOBS in every row, single columns: always the one that costs least, w² / (2 diag), in a
     bucket that may still lose some.
 
-    base: (rows or 1, n, n), filled on both sides of the diagonal where it is one for all rows. State of every row, with
+    base: (1, n, n), the inverse, in the first call; later (rows, n, n), filled on and below the diagonal. State of every row, with
     its active columns in front, changed in place: where, index, value, diag, closed (rows, cols), the last 0, or inf in
     a full bucket. factor: (workers, cols, steps), of this call: one for each row where it is needed afterwards; else a
     worker uses one for all its rows, and it stays in the cache. keys: (rows, cols), scratch, integers as wide as a
@@ -119,10 +119,9 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
     before this call. order, losses: (rows, total), filled from `first` on.
     """
     rows, cols = value.shape  # pragma: no cover - compiled
-    stride = 1 if len(base) > 1 else 0
     for worker in prange(len(factor)):
         for r in range(worker, rows, len(factor)):
-            own = base[np.int64(r) * stride]
+            own = base[0] if first == 0 else base[r]
             row = np.empty(cols, value.dtype)
             recent = np.empty((RECENT, cols), value.dtype)
             v, d, shut, key = value[r], diag[r], closed[r], keys[r]
@@ -145,7 +144,7 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
                     for i in range(active):
                         if bucket[index[r, i]] == full:
                             shut[i] = np.inf
-                _inverse_row(own, stride == 0, where[r], factor[worker], recent, step, active, p, row)
+                _inverse_row(own, first == 0, where[r], factor[worker], recent, step, active, p, row)
                 inverse = 1 / np.sqrt(row[p])
                 move = v[p] * inverse
                 new = recent[step % RECENT]
@@ -190,11 +189,10 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
     number of the block, index[., start] // size. A block is removed as `size` single columns, which comes to the same.
     """
     rows, cols = value.shape  # pragma: no cover - compiled
-    stride = 1 if len(base) > 1 else 0
     size = blocks.shape[2]
     for worker in prange(len(factor)):
         for r in range(worker, rows, len(factor)):
-            own = base[np.int64(r) * stride]
+            own = base[0] if first == 0 else base[r]
             row = np.empty(cols, value.dtype)
             recent = np.empty((RECENT, cols), value.dtype)
             count = cols // size - first
@@ -225,7 +223,7 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
                 for k in range(size):
                     active, now = count * size - k, step * size + k
                     p = active - 1
-                    _inverse_row(own, stride == 0, where[r], factor[worker], recent, now, active, p, row)
+                    _inverse_row(own, first == 0, where[r], factor[worker], recent, now, active, p, row)
                     inverse = 1 / np.sqrt(row[p])
                     move = value[r, p] * inverse
                     new = recent[now % RECENT]
@@ -341,12 +339,11 @@ def quantize_steps(
     base, where, factor, index, value, diag, first: see prune_steps. scale, zero: (rows, cols), in the order of the
     active columns. top: largest code, of the type of the values. codes: (rows, cols) uint8, filled.
     """
-    whole = len(base) == 1
     for worker in prange(len(factor)):
         for r in range(worker, len(value), len(factor)):
-            own = base[0] if whole else base[r]
+            own = base[0] if first == 0 else base[r]
             state = where[r], factor[worker], index[r], value[r], diag[r], scale[r], zero[r], near[r], far[r]
-            _quantize_row(own, whole, *state, top, first, steps, codes[r])
+            _quantize_row(own, first == 0, *state, top, first, steps, codes[r])
 
 
 @compiled()
