@@ -21,7 +21,7 @@ from featherweight.data import Batch, batches, check
 from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
 from featherweight.layers import LeftAlone, Scan, Unit, scan
-from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution, Status
+from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
 from featherweight.recipe import Recipe, assign, input_bits
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
@@ -315,7 +315,7 @@ def packed(
             solutions[u.name].weight,
             methods[u.name].label,
             solutions[u.name].relative_error,
-            "" if solutions[u.name].status == Status.SOLVED else solutions[u.name].status.value,
+            solutions[u.name].note,
             grids.get(u.name),
         )
         for u in found.units

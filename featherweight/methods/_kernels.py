@@ -110,13 +110,13 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
     """`steps` removals of ExactOBS in every row, single columns: always the one that costs least, w² / (2 diag), in a
     bucket that may still lose some.
 
-    base: (1, n, n), the inverse, in the first call; later (rows, n, n), filled on and below the diagonal. State of every row, with
-    its active columns in front, changed in place: where, index, value, diag, closed (rows, cols), the last 0, or inf in
-    a full bucket. factor: (workers, cols, steps), of this call: one for each row where it is needed afterwards; else a
-    worker uses one for all its rows, and it stays in the cache. keys: (rows, cols), scratch, integers as wide as a
-    value: those of floats above zero are in the same order, and the smallest integer is found without a branch. quota:
-    (rows, buckets) int32, how many removals each bucket still takes; bucket: (cols,) of each column. first: removals
-    before this call. order, losses: (rows, total), filled from `first` on.
+    base: (1, n, n), the inverse, in the first call; later (rows, n, n), filled on and below the diagonal. The state of
+    every row, its active columns in front, is changed in place: where, index, value, diag, closed (rows, cols), the
+    last 0, or inf in a full bucket. factor: (workers, cols, steps), of this call: one for each row where it is needed
+    afterwards; else a worker uses one for all its rows, and it stays in the cache. keys: (rows, cols), scratch,
+    integers as wide as a value: those of floats above zero are in the same order, and the smallest is found without a
+    branch. quota: (rows, buckets) int32, how many removals each bucket still takes; bucket: (cols,) of each column.
+    first: removals before this call. order, losses: (rows, total), filled from `first` on.
     """
     rows, cols = value.shape  # pragma: no cover - compiled
     for worker in prange(len(factor)):

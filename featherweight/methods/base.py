@@ -15,31 +15,47 @@ class Status(Enum):
 
     SOLVED = "solved"
     DAMPED = "solved, with more damping than asked for: the inputs are nearly dependent"
-    PADDED = "solved; its input channels do not fill the last group of the pattern, which counts as filled with zeros"
     UNREACHED = "no calibration sample reached this weight: its inputs were taken as uncorrelated"
     NONFINITE = "the calibration inputs hold NaN or infinity: they were taken as uncorrelated"
+
+
+PADDED = "its input channels do not fill the last group of the pattern, which counts as filled with zeros"
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
     """weight: the stored form. error: sum over rows of d H dᵀ, d the change of the row, H the mean of x xᵀ.
-    relative_error: error divided by that of storing zeros. info: every damping or retry, by name."""
+    relative_error: error divided by that of storing zeros. info: every damping or retry, by name. padded: whether the
+    input channels do not fill the last group of the pattern."""
 
     weight: Weight
     error: float
     relative_error: float
     status: Status = Status.SOLVED
     info: dict[str, float] = field(default_factory=dict)
+    padded: bool = False
+
+    @property
+    def note(self) -> str:
+        """What people should know about it, empty where there is nothing."""
+        status = [] if self.status is Status.SOLVED else [self.status.value]
+        return "; ".join(status + [PADDED] * self.padded)
 
     @classmethod
     def of(
-        cls, weight: Weight, w: Tensor, stats: LayerStats, status: Status, info: dict[str, float] | None = None
+        cls,
+        weight: Weight,
+        w: Tensor,
+        stats: LayerStats,
+        status: Status,
+        info: dict[str, float] | None = None,
+        padded: bool = False,
     ) -> "Solution":
         """Measure the error of `weight` against `w`, decoded as a reader would decode it."""
         lost = output_energy(w.double() - weight.dense().to(w.device).double(), stats)
         whole = output_energy(w.double(), stats)
-        return cls(weight, lost, lost / whole if whole > 0 else 0.0, status, info or {})
+        return cls(weight, lost, lost / whole if whole > 0 else 0.0, status, info or {}, padded)
 
 
 class Method(Protocol):

@@ -22,7 +22,7 @@ from featherweight._linalg import damped_cholesky
 from featherweight.errors import require
 from featherweight.methods import patterns, traces
 from featherweight.methods._kernels import refit_rows
-from featherweight.methods.base import Solution, Status, status_of, usable
+from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.gptq import Gptq
 from featherweight.methods.obq import Obq
 from featherweight.methods.patterns import NM, Blocks, Channels, Pattern, Rows, Unstructured, check
@@ -187,8 +187,9 @@ class PruneQuantize:
         weight = replace(solution.weight, form=patterns.mask_of(self.prune.pattern, stats.taps, stats.blocks))
         damp = max(pruned.damp, solution.info["damp"])
         raised = pruned.damp > self.prune.damp or solution.info["damp"] > self.quantize.damp
-        status = _status(self.prune.pattern, w, stats, raised)
-        return Solution(weight, solution.error, solution.relative_error, status, {"damp": damp})
+        padded = patterns.is_padded(self.prune.pattern, w.shape[1], stats.taps)
+        status = status_of(stats, raised)
+        return Solution(weight, solution.error, solution.relative_error, status, {"damp": damp}, padded)
 
     def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         pattern = self.prune.pattern
@@ -204,15 +205,9 @@ def solved(method: Pruner, w: Tensor, stats: LayerStats, found: Trace | None = N
     pruned = method.prune(w, stats, found)
     values = Dense(pruned.weights.to(float_type(pruned.weights[pruned.keep])))
     weight = Sparse(pruned.keep, values, patterns.mask_of(method.pattern, stats.taps, stats.blocks))
-    status = _status(method.pattern, w, stats, pruned.damp > method.damp)
+    padded = patterns.is_padded(method.pattern, w.shape[1], stats.taps)
     info = {} if isinstance(method, Magnitude) else {"damp": pruned.damp}
-    return Solution.of(weight, w, stats, status, info)
-
-
-def _status(pattern: Pattern, w: Tensor, stats: LayerStats, raised: bool) -> Status:
-    status = status_of(stats, raised)
-    padded = patterns.is_padded(pattern, w.shape[1], stats.taps)
-    return Status.PADDED if status is Status.SOLVED and padded else status
+    return Solution.of(weight, w, stats, status_of(stats, pruned.damp > method.damp), info, padded)
 
 
 def _kept(pattern: Pattern, shape: tuple[int, int], taps: int, groups: int) -> int:

@@ -28,6 +28,7 @@ from featherweight.methods import (
     Unstructured,
     gptq,
 )
+from featherweight.methods.base import PADDED
 from featherweight.methods.patterns import is_padded, mask_of, removals
 from featherweight.stats import LayerStats
 from featherweight.weights import KINDS
@@ -275,9 +276,11 @@ def check_status(method, solution, name):
     pattern = getattr(parts[0], "pattern", None)
     padded = pattern is not None and is_padded(pattern, stats.gram.shape[1], stats.taps)
     undamped = any(getattr(part, "damp", 1.0) == 0.0 for part in parts if not isinstance(part, Magnitude))
-    solved_ = Status.PADDED if padded else Status.SOLVED
-    damped = Status.DAMPED if undamped and name in DEPENDENT else solved_
+    damped = Status.DAMPED if undamped and name in DEPENDENT else Status.SOLVED
     assert solution.status is STATUS.get(name, damped), method
+    assert solution.padded == padded, method
+    assert (PADDED in solution.note) == padded, method
+    assert (solution.status.value in solution.note) == (solution.status is not Status.SOLVED), method
     asked = [part.damp for part in parts if isinstance(part, Gptq | Obq | Obs | Admm | Prune)]
     expected = 1e-8 if solution.status is Status.DAMPED and not max(asked) else max(asked, default=0.0)
     assert solution.info == ({"damp": expected} if asked else {}), method

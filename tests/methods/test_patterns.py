@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from featherweight.errors import UsageError
-from featherweight.methods import NM, Admm, Blocks, Channels, Magnitude, Obs, Prune, Rows, Status, Unstructured
+from featherweight.methods import NM, Admm, Blocks, Channels, Magnitude, Obs, Prune, Rows, Unstructured
 from featherweight.methods import traces as traces_module
 from featherweight.methods.base import output_energy
 from featherweight.methods.patterns import keep_largest, quota
@@ -204,10 +204,10 @@ def test_short_groups_keep_what_fits_and_that_is_said():
     solution = Obs(NM(1, 4)).solve(w, stats)
     assert solution.weight.mask[:, :4].sum(dim=1).tolist() == [1] * 4
     assert solution.weight.mask[:, 4:].sum(dim=1).tolist() == [1] * 4
-    assert solution.status is Status.PADDED
+    assert solution.padded
     depthwise = Obs(NM(2, 4)).solve(weights(5, 9, 0), replace(problem(5, 9, blocks=5)[1], taps=9))
     assert depthwise.weight.mask.all()  # one channel: nothing to choose from
-    assert depthwise.status is Status.PADDED
+    assert depthwise.padded
 
 
 def test_dead_inputs_are_removed_first():
