@@ -19,8 +19,9 @@ from scipy.sparse import csr_array, vstack
 
 from featherweight.errors import InfeasibleError, require
 
-CELLS = 1 << 31  # of the dynamic programme's table: units times possible sums
-SMALL = 1e-6  # relative gap within which HiGHS may stop
+TABLE = 1 << 31  # bytes of the dynamic programme
+GAP = 1e-6  # relative, within which HiGHS may stop
+TIGHTER = (0.0, 3e-6, 3e-5)  # of a limit: HiGHS takes a sum for equal to it that is some millionths above
 
 
 @final
@@ -82,7 +83,7 @@ def optimum(menus: Sequence[Menu], budget: int) -> Policy:
     """The policy with the smallest loss whose (only) costs sum to at most `budget`.
 
     Time grows with units x candidates x (budget - floor) / g, g the greatest common divisor of all differences of
-    costs in a menu; memory with units x (budget - floor) / g bytes.
+    costs in a menu; memory with (units + 32) x (budget - floor) / g bytes.
 
     Raises:
         InfeasibleError: the budget is below the floor.
@@ -97,9 +98,11 @@ def optimum(menus: Sequence[Menu], budget: int) -> Policy:
     extra = [(m.costs[k, 0] - low) for m, k, low in zip(menus, kept, least, strict=True)]
     unit = int(np.gcd.reduce(np.concatenate(extra))) or 1
     room = min(spare, sum(int(e.max()) for e in extra)) // unit
-    require(len(menus) * (room + 1) <= CELLS, "too many possible sums of costs for a table: use `within`", room + 1)
+    number = np.min_scalar_type(max(len(k) for k in kept))
+    table = (len(menus) * number.itemsize + 32) * (room + 1)
+    require(table <= TABLE, f"too many possible sums of costs, {room + 1}: use `within`, or fewer bytes than", table)
     best = np.zeros(room + 1)  # of the menus so far, by what they may cost beyond their floor
-    taken = np.zeros((len(menus), room + 1), np.min_scalar_type(max(len(k) for k in kept)))
+    taken = np.zeros((len(menus), room + 1), number)
     for u, (menu, candidates, more) in enumerate(zip(menus, kept, extra, strict=True)):
         found = np.full(room + 1, np.inf)
         for n, (c, step) in enumerate(zip(candidates, more // unit, strict=True)):
@@ -138,7 +141,8 @@ def front(menus: Sequence[Menu]) -> list[Policy]:
 
 
 def within(menus: Sequence[Menu], limits: Sequence[int]) -> Policy:
-    """The policy with the smallest loss whose costs stay within every limit, (budgets,).
+    """The policy with the smallest loss whose costs stay within every limit, (budgets,). Where HiGHS takes a sum
+    that is some millionths above a limit for equal to it, the best policy as far below the limit.
 
     Raises:
         InfeasibleError: no policy does.
@@ -154,17 +158,21 @@ def within(menus: Sequence[Menu], limits: Sequence[int]) -> Policy:
     rules = vstack([one_each, csr_array(costs / whole)])
     lower = np.concatenate([np.ones(len(menus)), np.full(len(limits), -np.inf)])
     upper = np.concatenate([np.ones(len(menus)), np.asarray(limits, np.float64) / whole[:, 0]])
-    found = milp(
-        losses / (losses.max() or 1.0),
-        integrality=np.ones(len(owner)),
-        bounds=(0, 1),
-        constraints=(rules, lower, upper),
-        options={"mip_rel_gap": SMALL},
-    )
-    if found.x is None:
-        raise InfeasibleError(f"no policy stays within {list(limits)}; each alone reaches {floor(menus)}")
-    chosen = [int(kept[u][np.argmax(found.x[owner == u])]) for u in range(len(menus))]
-    return Policy.of(menus, chosen)
+    for shrink in TIGHTER:
+        bounds = np.where(np.arange(len(upper)) < len(menus), upper, upper * (1 - shrink))
+        found = milp(
+            losses / (losses.max() or 1.0),
+            integrality=np.ones(len(owner)),
+            bounds=(0, 1),
+            constraints=(rules, lower, bounds),
+            options={"mip_rel_gap": GAP},
+        )
+        if found.x is None:
+            break
+        policy = Policy.of(menus, [int(kept[u][np.argmax(found.x[owner == u])]) for u in range(len(menus))])
+        if all(c <= limit for c, limit in zip(policy.costs, limits, strict=True)):
+            return policy
+    raise InfeasibleError(f"no policy stays within {list(limits)}; each alone reaches {floor(menus)}")
 
 
 def _hull(menu: Menu) -> list[int]:

@@ -229,10 +229,10 @@ def assign(recipe: Recipe, found: Scan) -> dict[str, Method]:
     chosen = {u.name: recipe.method for u in found.units}
     for override in recipe.overrides:
         chosen |= {u.name: override.method for u in matching(override.pattern, found.units)}
-    return {u.name: _settled(chosen[u.name], u) for u in found.units}
+    return {u.name: settled(chosen[u.name], u) for u in found.units}
 
 
-def _settled(method: Method, unit: Unit) -> Method:
+def settled(method: Method, unit: Unit) -> Method:
     """Where a method leaves open how a layer is pruned, what its size decides."""
     match method:
         case Prune() | Admm():

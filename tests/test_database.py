@@ -19,6 +19,7 @@ from featherweight.cli import main
 from featherweight.database import PACKAGE, SOURCES, Database, DatabaseWarning, fingerprint
 from featherweight.errors import SolveError, UsageError
 from featherweight.methods import (
+    NM,
     Blocks,
     Gptq,
     GridSpec,
@@ -103,9 +104,12 @@ def test_every_number_of_a_solution_comes_back_exactly(tmp_path):
     assert (first.error, first.relative_error, first.info) == (second.error, second.relative_error, second.info)
     assert first.weight.meta() == second.weight.meta()
     assert all(torch.equal(t, second.weight.tensors()[n]) for n, t in first.weight.tensors().items())
-    assert {f.name for f in fields(Solution)} == {"weight", "error", "relative_error", "status", "info"}, (
+    assert not second.padded
+    assert {f.name for f in fields(Solution)} == {"weight", "error", "relative_error", "status", "info", "padded"}, (
         "a new field of Solution must be kept in the database, too"
     )
+    padded = [Database.at(tmp_path).solve(Magnitude(NM(2, 5)), *problem()) for _ in range(2)]
+    assert [(s.padded, known) for s, known in padded] == [(True, False), (True, True)]
 
 
 def test_numbers_that_json_does_not_know(tmp_path, monkeypatch):

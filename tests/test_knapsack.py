@@ -29,6 +29,7 @@ def test_nothing_beats_the_optimum(seed, step):
         found = optimum(chosen, budget)
         assert found.costs[0] <= budget
         assert found.loss == pytest.approx(tried(chosen, [budget]), rel=1e-12, abs=1e-12)
+        assert within(chosen, [budget]).costs[0] <= budget
         assert within(chosen, [budget]).loss == pytest.approx(found.loss, rel=1e-5, abs=1e-5)
 
 
@@ -113,6 +114,21 @@ def test_bad_menus_are_refused():
         within([Menu.of([1], [0.0])], [3, 4])
     with pytest.raises(UsageError, match="too many possible sums"):
         optimum([Menu.of([0, 1], [1.0, 0.0]), Menu.of([0, 1 << 40], [1.0, 0.0])], 1 << 41)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_large_costs_stay_within_their_limits(seed):
+    make = np.random.default_rng(seed)
+    chosen = [Menu(make.integers(0, 10**8, (5, 2)), make.random(5)) for _ in range(5)]
+    limits = [2 * 10**8, 2 * 10**8]
+    while (expected := tried(chosen, limits)) < np.inf:
+        found = within(chosen, limits)
+        assert all(c <= limit for c, limit in zip(found.costs, limits, strict=True))
+        assert found.loss == pytest.approx(expected, rel=1e-5)
+        limits = [c - 1 for c in found.costs]
+    with pytest.raises(InfeasibleError):
+        within(chosen, limits)
+    assert within([Menu.of([10_000_001, 1], [0.0, 1.0])], [10_000_000]).costs == (1,)
 
 
 def test_a_policy_sums_up():

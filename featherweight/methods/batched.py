@@ -7,17 +7,20 @@ that all rows share; columns that are gone stay in place, as moving them would c
 import torch
 from torch import Tensor
 
-MEMORY = 1 << 32  # bytes of thin factors that are held at a time
+MEMORY = 1 << 30  # bytes of thin factors that are held at a time, on a CPU
 
 
 def removals(
-    w: Tensor, inverse: Tensor, steps: int, bucket: Tensor, quota: Tensor, memory: int = MEMORY
+    w: Tensor, inverse: Tensor, steps: int, bucket: Tensor, quota: Tensor, memory: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """(order (rows, steps) int32, losses (rows, steps)), on the device of the arguments.
 
     Args:
         w: (rows, cols). inverse: (cols, cols). bucket: (cols,) of each column. quota: (buckets,) removals in each.
+        memory: bytes of thin factors that are held at a time, of a row at least; half of what a GPU has free.
     """
+    if memory is None:
+        memory = torch.cuda.mem_get_info(w.device)[0] // 2 if w.is_cuda else MEMORY
     rows, cols = w.shape
     order = torch.empty(rows, steps, dtype=torch.int32, device=w.device)
     losses = torch.empty(rows, steps, dtype=w.dtype, device=w.device)

@@ -13,6 +13,8 @@ exchanged until none helps; then rows trade: the entry that gains most for the o
 idea as local search in best-subset selection (1611.03267); the pairs are all looked at, not a sample.
 """
 
+from typing import TypeGuard
+
 import numpy as np
 import torch
 from numba import prange
@@ -25,21 +27,23 @@ from featherweight.stats import LayerStats
 
 ROUNDS = 50  # of trade between rows, at most
 TINY = 1e-12  # of the energy of the output: what is no gain
-TABLES = 1 << 28  # bytes of tables that are held at a time
+SINGULAR = 1e-9  # of a unit diagonal: an entry that depends on the kept ones, up to rounding
+TABLES = 1 << 28  # bytes of tables that are held at a time, of a row a thread at least
 
 
-def possible(pattern: Pattern) -> bool:
+def possible(pattern: Pattern) -> TypeGuard[Unstructured | NM]:
     """Whether the pattern's pieces are single weights; others are left as they are."""
     return isinstance(pattern, Unstructured | NM)
 
 
 def work(shape: tuple[int, int]) -> float:
-    """Multiply-adds: every row's table about one and a half times, and some pivots."""
-    return 2.0 * shape[0] * shape[1] ** 3
+    """Multiply-adds of matrix products that take as long: every row's table, once or a few times, and some pivots."""
+    return 0.5 * shape[0] * shape[1] ** 3
 
 
 def exchange(w: Tensor, hessian: Tensor, keep: Tensor, pattern: Unstructured | NM, stats: LayerStats) -> Tensor:
-    """A mask of the same pattern with as many kept entries, whose best weights lose no more.
+    """A mask of the same pattern with as many kept entries, whose best weights lose no more, up to rounding: where the
+    Hessian is nearly singular, compare the losses.
 
     Args:
         w: (rows, cols) float64. hessian: (blocks, cols, cols), positive definite. keep: (rows, cols) bool.
@@ -80,12 +84,15 @@ def trades(gain: np.ndarray, cost: np.ndarray) -> list[tuple[int, int]]:
     givers = np.argsort(cost, kind="stable")
     pairs: list[tuple[int, int]] = []
     taken: set[int] = set()
-    for to in np.argsort(-gain, kind="stable"):  # the best giver of the first may be the first itself
-        source = next((s for s in givers if s != to and s not in taken), None)
-        if gain[to] - cost[givers[0]] <= TINY:
+    first = 0  # of the givers that are left
+    for to in np.argsort(-gain, kind="stable"):
+        while first < len(givers) and givers[first] in taken:
+            first += 1
+        if first == len(givers) or gain[to] - cost[givers[first]] <= TINY:
             break
+        source = next((s for s in givers[first:] if s != to and s not in taken), None)
         if to in taken or source is None or gain[to] - cost[source] <= TINY:
-            continue
+            continue  # the cheapest giver was this row itself
         pairs.append((int(to), int(source)))
         taken |= {to, source}
     return pairs
@@ -140,7 +147,7 @@ def exchange_rows(tables, xs, keep, group, tiny):  # pragma: no cover - compiled
             best, out, back = -tiny, -1, -1
             for j in range(n):
                 d, own = t[j, j], t[j]
-                if kept[j] or d <= 0 or x[j] * x[j] / d <= -best:
+                if kept[j] or d <= SINGULAR or x[j] * x[j] / d <= -best:
                     continue
                 g, q = x[j] * x[j] / d, x[j] / d
                 for i in range(n):
@@ -159,6 +166,6 @@ def exchange_rows(tables, xs, keep, group, tiny):  # pragma: no cover - compiled
             if kept[i]:
                 if value < cost[r]:
                     cost[r], leaves[r] = value, i
-            elif t[i, i] > 0 and value > gain[r]:
+            elif t[i, i] > SINGULAR and value > gain[r]:
                 gain[r], entry[r] = value, i
     return gain, entry, cost, leaves

@@ -19,9 +19,10 @@ from featherweight.methods._kernels import compact, prune_block_steps, prune_ste
 Array: TypeAlias = np.ndarray
 
 WIDE = 900  # columns from which every row gets an inverse of its own, brought up to date every CHUNK columns
-CHUNK = 192
+CHUNK = 256
 PANEL = 256  # columns of that update at a time: it is symmetric, so what lies above the diagonal can be left out
-TILE = 1 << 25  # bytes of thin factors that are held at a time
+TILE = 1 << 25  # bytes of inverses and thin factors that are held at a time, of a row a thread at least,
+MOST = 1 << 32  # if these are no more than this
 SAFE = 1e-7  # relative damping a column from which float32 is enough: it bounds the entries of the inverse
 
 
@@ -122,7 +123,7 @@ def stages(w: Array, inverse: Array, steps: int, size: int = 1) -> Iterator[tupl
     threads, wide = torch.get_num_threads(), cols >= WIDE and steps * size > CHUNK
     length = max(CHUNK // size, 1) if wide else max(steps, 1)
     each = w.itemsize * cols * (length * size + cols)
-    height = min(max(TILE // each // threads, 1) * threads, rows) if wide else rows
+    height = min(max(TILE // each // threads, 1) * threads, max(MOST // each, 1), rows) if wide else rows
     factor = np.empty((height if wide else min(threads, rows), cols, length * size), w.dtype)
     owned = np.empty((height, cols, cols) if wide else 0, w.dtype)
     for first in range(0, rows, height):

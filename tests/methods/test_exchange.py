@@ -110,7 +110,7 @@ def test_the_label_says_what_is_done():
     assert Prune(Unstructured(0.5)).label == "obs, admm, exchange 50%"
     assert Prune(Blocks(0.5, 4)).label == "obs, admm 50% blocks of 4"
     wide = Prune(Unstructured(0.5))
-    assert [wide.for_layer((64, n), 1).label for n in (576, 2304, 9216)] == [
+    assert [wide.for_layer((128, n), 1).label for n in (576, 2304, 9216)] == [
         "obs, admm, exchange 50%",
         "obs, admm 50%",
         "admm 50%",

@@ -43,7 +43,7 @@ def test_greedy_rounds_weights_outside_the_grid_first():
         assert codes[r].tolist() == obs.quantize_row(*row).tolist()
 
 
-@pytest.mark.parametrize("tile", [1, 1 << 25])
+@pytest.mark.parametrize("tile", [1, 8 * 24 * 30 * 2, 1 << 25])  # one row at a time, two, all
 @pytest.mark.parametrize("spec", SPECS)
 def test_wide_layers_are_rounded_alike(spec, tile, monkeypatch):
     w, stats = problem(5, 24, seed=4)

@@ -65,10 +65,10 @@ def test_channels_go_as_with_explicit_inverses(taps):
     np.testing.assert_allclose(found.losses[0], losses, rtol=SAME)
 
 
-@pytest.mark.parametrize("tile", [1, 1 << 25])
+@pytest.mark.parametrize("tile", [1, 8 * 41 * 47 * 2, 1 << 25])
 @pytest.mark.parametrize("cols", [7, 12, 13, 24, 41])
 def test_wide_layers_are_traced_alike(cols, tile, narrow_is_wide, monkeypatch):
-    monkeypatch.setattr(traces_module, "TILE", tile)  # bytes of rows at a time; of one row a single one
+    monkeypatch.setattr(traces_module, "TILE", tile)  # one row at a time, two or more, all
     w, stats = problem(3, cols, seed=cols)
     inverse = torch.linalg.inv(stats.gram[0])
     found = trace(w, inverse, cols)
