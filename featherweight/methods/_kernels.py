@@ -122,7 +122,6 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
     for worker in prange(len(factor)):
         for r in range(worker, rows, len(factor)):
             own = base[0] if first == 0 else base[r]
-            one = np.ones(1, value.dtype)[0]  # a literal would make float64 of float32
             row = np.empty(cols, value.dtype)
             recent = np.empty((RECENT, cols), value.dtype)
             v, d, shut, key = value[r], diag[r], closed[r], keys[r]
@@ -146,7 +145,7 @@ def prune_steps(base, where, factor, index, value, diag, keys, closed, quota, bu
                         if bucket[index[r, i]] == full:
                             shut[i] = np.inf
                 _inverse_row(own, first == 0, where[r], factor[worker], recent, step, active, p, row)
-                inverse = one / np.sqrt(row[p])
+                inverse = 1 / np.sqrt(row[p])  # float64: rounded, it would scale the whole row of the factor
                 move = v[p] * inverse
                 new = recent[step % RECENT]
                 for i in range(active):
@@ -194,7 +193,6 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
     for worker in prange(len(factor)):
         for r in range(worker, rows, len(factor)):
             own = base[0] if first == 0 else base[r]
-            one = np.ones(1, value.dtype)[0]  # a literal would make float64 of float32
             row = np.empty(cols, value.dtype)
             recent = np.empty((RECENT, cols), value.dtype)
             count = cols // size - first
@@ -226,7 +224,7 @@ def prune_block_steps(base, where, factor, index, value, diag, blocks, first, st
                     active, now = count * size - k, step * size + k
                     p = active - 1
                     _inverse_row(own, first == 0, where[r], factor[worker], recent, now, active, p, row)
-                    inverse = one / np.sqrt(row[p])
+                    inverse = 1 / np.sqrt(row[p])  # float64: rounded, it would scale the whole row of the factor
                     move = value[r, p] * inverse
                     new = recent[now % RECENT]
                     for i in range(active):
@@ -292,7 +290,7 @@ def _quantize_row(
     score, outside = near.view(value.dtype), far.view(value.dtype)
     recent = np.empty((RECENT, cols), value.dtype)
     row = np.empty(cols, value.dtype)
-    none, one = top - top, np.ones(1, value.dtype)[0]  # literals would make float64 of float32
+    none = top - top  # a literal would make float64 of float32
     edge = np.full(1, 0.5001, value.dtype)[0]  # rounding noise is no outlier
     active = cols - first
     for step in range(steps):
@@ -316,7 +314,7 @@ def _quantize_row(
         codes[index[p]] = np.uint8(code)
         residual = value[p] - scale[p] * (code - zero[p])
         _inverse_row(base, whole, where, factor, recent, step, active, p, row)
-        inverse = one / np.sqrt(row[p])
+        inverse = 1 / np.sqrt(row[p])  # float64: rounded, it would scale the whole row of the factor
         move = residual * inverse
         new = recent[step % RECENT]
         for i in range(active):
