@@ -343,24 +343,22 @@ def refit(w: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     found = []
     for b, h in enumerate(hessian):
         own, kept = w[b * rows : (b + 1) * rows].contiguous(), keep[b * rows : (b + 1) * rows].contiguous()
-        if torch.equal(kept[:1].expand_as(kept), kept):
-            found.append(_refit_together(own, h, kept))
-        elif w.shape[1] >= LAPACK:
-            found.append(torch.cat([_refit_together(own[r : r + 1], h, kept[r : r + 1]) for r in range(rows)]))
+        together = torch.equal(kept[:1].expand_as(kept), kept)
+        if together or w.shape[1] >= LAPACK:
+            pulled = torch.where(kept, 0.0, own) @ h
+            parts = [slice(None)] if together else [slice(r, r + 1) for r in range(rows)]
+            found += [_refit_together(own[part], pulled[part], h, kept[part]) for part in parts]
         else:
             found.append(torch.from_numpy(refit_rows(own.numpy(), h.contiguous().numpy(), kept.numpy())))
     return torch.cat(found)
 
 
-def _refit_together(w: Tensor, h: Tensor, keep: Tensor) -> Tensor:
-    """The same for rows that keep the same columns: v_K = w_K + w_P H_PK inv(H_KK), P the removed columns."""
-    kept, gone = keep[0].nonzero()[:, 0], (~keep[0]).nonzero()[:, 0]
-    if not len(gone):
-        return w.clone()
+def _refit_together(w: Tensor, pulled: Tensor, h: Tensor, keep: Tensor) -> Tensor:
+    """The same for rows that keep the same columns: v_K = w_K + w_P H_PK inv(H_KK), P the removed columns; pulled:
+    w_P H_P, all columns."""
+    kept = keep[0].nonzero()[:, 0]
     out = torch.zeros_like(w)
     if len(kept):
-        rows = h[kept]
-        factor = torch.linalg.cholesky(rows[:, kept])
-        pulled = w[:, gone] @ rows[:, gone].T
-        out[:, kept] = w[:, kept] + torch.cholesky_solve(pulled.T, factor).T
+        factor = torch.linalg.cholesky(h[kept[:, None], kept])
+        out[:, kept] = w[:, kept] + torch.cholesky_solve(pulled[:, kept].T, factor).T
     return out
