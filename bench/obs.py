@@ -27,6 +27,7 @@ from bench import plain
 from featherweight import Gptq, GridSpec, Obq, Obs, Unstructured, capture, scan
 from featherweight._linalg import damped, inverse_factor
 from featherweight.data import batches
+from featherweight.layers import Unit
 from featherweight.methods import NM, Admm, Pattern, Prune
 from featherweight.methods import obq as obq_module
 from featherweight.methods.base import output_energy
@@ -199,7 +200,8 @@ def resnet18() -> nn.Module:
 
 
 def large_network() -> dict[str, Any]:
-    """4-bit GPTQ, 50 % pruning as the program does it, and 3-bit OBQ on a ResNet-18-shaped network, 1,024 images."""
+    """4-bit GPTQ, 50 % pruning as the program does it, and 3-bit OBQ on a ResNet-18-shaped network, 1,024 images. Of
+    layers of one shape one is solved, and counted as often as there are."""
     model = resnet18()
     units = scan(model).units
     images = torch.randn(1024, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -207,11 +209,15 @@ def large_network() -> dict[str, Any]:
     start = time.perf_counter()
     stats = capture(model, batches(images), units)
     found["capture_s"] = time.perf_counter() - start
+    shapes: dict[tuple[int, int], list[Unit]] = {}
+    for unit in units:
+        shapes.setdefault(unit.view.matrix_shape, []).append(unit)
     for method in (Gptq(GridSpec(4)), Prune(Unstructured(0.5)), Obq(GridSpec(3))):
-        start = time.perf_counter()
-        for unit in units:
+        found[f"{method.label}_s"] = 0.0
+        for unit, *others in shapes.values():
+            start = time.perf_counter()
             settled(method, unit).solve(unit.view.matrix(model.get_parameter(unit.name).detach()), stats[unit.name])
-        found[f"{method.label}_s"] = time.perf_counter() - start
+            found[f"{method.label}_s"] += (time.perf_counter() - start) * (1 + len(others))
         print(f"{method.label}: {found[f'{method.label}_s']:.0f} s", flush=True)
     return found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
@@ -253,7 +259,11 @@ def tables(found: dict[str, Any]) -> str:
         lines += [f"ResNet-18-shaped, {x['weights']:,} weights in {x['layers']} layers, 1,024 images of 32 x 32:", ""]
         lines += ["| step | minutes |", "|---|--:|"]
         lines += [f"| {k[:-2]} | {v / 60:.1f} |" for k, v in x.items() if k.endswith("_s")]
-        lines += ["", "Layers of 4,608 columns are pruned by ADMM alone, without exchanges, as `plan` shows."]
+        lines += [
+            "",
+            "Of layers of one shape one was solved, and counted as often as there are. Those of 4,608 columns",
+        ]
+        lines += ["are pruned by ADMM alone, without exchanges, as `plan` shows."]
         lines += ["", f"Peak memory {x['peak_gb']:.1f} GB.", ""]
     if "masks" in found:
         kinds = [k for k in found["masks"][0] if k not in ("layer", "pattern")]
