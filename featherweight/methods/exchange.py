@@ -25,7 +25,7 @@ from featherweight.methods._numba import compiled, parallel
 from featherweight.methods.patterns import NM, Pattern, Unstructured
 from featherweight.stats import LayerStats
 
-ROUNDS = 50  # of trade between rows, at most
+PASSES = 4  # over the rows, at most, counting those that trade between them again
 TINY = 1e-12  # of the energy of the output: what is no gain
 SINGULAR = 1e-9  # of a unit diagonal: an entry that depends on the kept ones, up to rounding
 TABLES = 1 << 28  # bytes of tables that are held at a time, of a row a thread at least
@@ -61,8 +61,9 @@ def exchange(w: Tensor, hessian: Tensor, keep: Tensor, pattern: Unstructured | N
     keep, gain, cost = keep.clone(), np.zeros(rows), np.full(rows, np.inf)
     entry, leaves = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     height = max(TABLES // (8 * cols**2), torch.get_num_threads())
-    todo = torch.arange(rows)
-    for _ in range(ROUNDS):
+    todo, seen = torch.arange(rows), 0
+    while len(todo) and seen + len(todo) <= PASSES * rows:
+        seen += len(todo)
         for some in todo.split(height):
             tables, x = _swept(unit, pulled, keep, some)
             kept = keep[some].numpy()
@@ -73,8 +74,6 @@ def exchange(w: Tensor, hessian: Tensor, keep: Tensor, pattern: Unstructured | N
         for to, source in pairs:
             keep[to, entry[to]], keep[source, leaves[source]] = True, False
         todo = torch.tensor(sorted(r for pair in pairs for r in pair), dtype=torch.int64)
-        if not len(todo):
-            break
     return keep
 
 
@@ -101,19 +100,18 @@ def trades(gain: np.ndarray, cost: np.ndarray) -> list[tuple[int, int]]:
 def _swept(unit: Tensor, pulled: Tensor, keep: Tensor, some: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(tables (rows, cols, cols), x (rows, cols)) of some rows, pulled their w H."""
     cols, each = unit.shape[1], len(keep) // len(unit)
-    tables, x = torch.empty(len(some), cols, cols, dtype=torch.float64), pulled[some].clone()
+    tables, x = torch.empty(len(some), cols, cols, dtype=torch.float64), torch.empty(len(some), cols).double()
     for n, r in enumerate(some.tolist()):
-        h, own = unit[r // each], tables[n]
-        kept, gone = keep[r].nonzero()[:, 0], (~keep[r]).nonzero()[:, 0]
-        rows = h[kept]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(rows[:, kept]))
-        across = inverse @ rows[:, gone]
-        own[kept[:, None], kept] = -inverse
-        own[kept[:, None], gone] = across
-        own[gone[:, None], kept] = across.T
-        own[gone[:, None], gone] = h[gone][:, gone] - rows[:, gone].T @ across
-        x[n, gone] -= across.T @ x[n, kept]
-        x[n, kept] = inverse @ x[n, kept]
+        order = keep[r].int().argsort(descending=True, stable=True)  # kept first
+        back, count = order.argsort(), int(keep[r].sum())
+        h, own, target = unit[r // each][order][:, order], torch.empty_like(unit[0]), pulled[r, order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[:count, :count]))
+        across = inverse @ h[:count, count:]
+        own[:count, :count], own[:count, count:], own[count:, :count] = -inverse, across, across.T
+        own[count:, count:] = h[count:, count:] - h[count:, :count] @ across
+        tables[n] = own[back][:, back]
+        kept, gone = inverse @ target[:count], target[count:] - across.T @ target[:count]
+        x[n] = torch.cat([kept, gone])[back]
     return tables.numpy(), x.numpy()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from featherweight.methods import NM, Admm, Blocks, Obs, Prune, Unstructured
+from featherweight.methods import exchange as exchange_module
 from featherweight.methods.base import output_energy
 from featherweight.methods.exchange import TABLES, exchange, exchange_rows, trades
 from featherweight.methods.patterns import keep_largest
@@ -22,6 +23,7 @@ from tests.reference import obs as oracle
 )
 def test_no_exchange_improves_the_mask(pattern, group, blocks, tables, monkeypatch):
     monkeypatch.setattr("featherweight.methods.exchange.TABLES", tables)
+    monkeypatch.setattr("featherweight.methods.exchange.PASSES", 100)
     better = 0
     for seed in range(6):
         w, stats = problem(4, 6, seed=seed, blocks=blocks)
@@ -40,6 +42,27 @@ def test_no_exchange_improves_the_mask(pattern, group, blocks, tables, monkeypat
         assert lost[1] <= lost[0] * (1 + 1e-9)
         better += lost[1] < 0.99 * lost[0]
     assert better >= 3
+
+
+def test_the_rows_are_gone_over_a_few_times_at_most(monkeypatch):
+    swept = []
+    whole = exchange_module._swept
+    monkeypatch.setattr(
+        exchange_module, "_swept", lambda u, p, k, some: swept.append(len(some)) or whole(u, p, k, some)
+    )
+    w, stats = problem(40, 12, seed=1)
+    w *= torch.logspace(-1, 1, 40).double()[:, None]
+    start = torch.arange(12).expand(40, 12) % 2 == 0  # much too even: every row trades
+    losses = []
+    for passes in (1, 2, 4, 100):
+        monkeypatch.setattr(exchange_module, "PASSES", passes)
+        swept.clear()
+        keep = exchange(w, stats.gram, start, Unstructured(0.5), stats)
+        assert 40 <= sum(swept) <= passes * 40
+        assert int(keep.sum()) == 240
+        losses.append(output_energy(refit(w, stats.gram, keep) - w, stats))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[2] < losses[0]
 
 
 def test_what_an_entry_gains_and_costs():
@@ -69,9 +92,7 @@ def test_what_an_entry_gains_and_costs():
 
 
 def _table(h: torch.Tensor, w: torch.Tensor, keep: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    from featherweight.methods.exchange import _swept
-
-    return _swept(h[None], (w @ h)[None], keep, torch.tensor([0]))
+    return exchange_module._swept(h[None], (w @ h)[None], keep, torch.tensor([0]))
 
 
 def test_rows_trade_once_and_never_with_themselves():
