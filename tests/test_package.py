@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "featherweight"
 LAYERS = [  # a module imports only from its own line or the lines above
     {"errors"},
-    {"_pack", "_linalg"},
+    {"_pack", "_linalg", "knapsack"},
     {"weights"},
     {"layers", "data"},
     {"calls"},
