@@ -100,7 +100,7 @@ def optimum(menus: Sequence[Menu], budget: int) -> Policy:
     room = min(spare, sum(int(e.max()) for e in extra)) // unit
     number = np.min_scalar_type(max(len(k) for k in kept))
     table = (len(menus) * number.itemsize + 32) * (room + 1)
-    require(table <= TABLE, f"too many possible sums of costs, {room + 1}: use `within`, or fewer bytes than", table)
+    require(table <= TABLE, f"too many possible sums of costs: a table has {TABLE} bytes at most, use `within`", table)
     best = np.zeros(room + 1)  # of the menus so far, by what they may cost beyond their floor
     taken = np.zeros((len(menus), room + 1), number)
     for u, (menu, candidates, more) in enumerate(zip(menus, kept, extra, strict=True)):

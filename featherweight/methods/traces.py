@@ -21,8 +21,8 @@ Array: TypeAlias = np.ndarray
 WIDE = 900  # columns from which every row gets an inverse of its own, brought up to date every CHUNK columns
 CHUNK = 256
 PANEL = 256  # columns of that update at a time: it is symmetric, so what lies above the diagonal can be left out
-TILE = 1 << 25  # bytes of inverses and thin factors that are held at a time, of a row a thread at least,
-MOST = 1 << 32  # if these are no more than this
+TILE = 1 << 25  # bytes of inverses and thin factors that are held at a time, or more: of a row a thread,
+MOST = 1 << 32  # but no more than this, or of a single row
 SAFE = 1e-7  # relative damping a column from which float32 is enough: it bounds the entries of the inverse
 
 
