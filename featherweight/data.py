@@ -1,8 +1,9 @@
 """Calibration and test data: anything that yields batches becomes a list of `Batch`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, final
 
 import torch
@@ -11,6 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from featherweight.errors import FeatherweightError, UsageError
+
+SAMPLES = 1024  # at most, in one pass
+MEMORY = 4 << 30  # bytes that such a pass may take, estimated
 
 
 @final
@@ -105,6 +109,90 @@ def _batch(item: Any) -> Batch:
     raise UsageError(f"a batch must be a tensor, a tuple (inputs..., target) or a dict, got {type(item).__name__}")
 
 
+# ---------------------------------------------------------------- cutting and joining
+def split(data: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The first three quarters and the last quarter of the samples; batches are cut where there are fewer than four."""
+    parts = list(data)
+    if len(parts) < 4:
+        parts = [piece for batch in parts for piece in cut(batch, 4)]
+    judged = -(-len(parts) // 4) if len(parts) > 1 else 0
+    return parts[: len(parts) - judged], parts[len(parts) - judged :]
+
+
+def cut(batch: Batch, pieces: int) -> list[Batch]:
+    """Up to so many pieces of nearly equal size; one where some value is not per sample."""
+    size = batch.size
+    if not all(_sliceable(v, size) for v in (*batch.args, *batch.kwargs.values())):
+        return [batch]
+    edges = sorted({round(i * size / pieces) for i in range(pieces + 1)})
+    return [
+        Batch(
+            tuple(v[a:b] for v in batch.args),
+            {k: v[a:b] for k, v in batch.kwargs.items()},
+            batch.target[a:b] if _sliceable(batch.target, size) else batch.target,
+        )
+        for a, b in pairwise(edges)
+    ]
+
+
+def _sliceable(value: Any, size: int) -> bool:
+    return (isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)) and len(value) == size
+
+
+@torch.no_grad()
+def stacked(data: Sequence[Batch], model: nn.Module) -> tuple[Batch, str]:
+    """As many samples as fit in one batch, and what was left out: those whose shapes differ from the commonest, and
+    those over SAMPLES or MEMORY."""
+    groups: dict[Any, list[Batch]] = {}
+    for batch in data:
+        groups.setdefault(_form(batch), []).append(batch)
+    same = max(groups.values(), key=lambda g: sum(b.size for b in g))
+    limit = min(SAMPLES, max(int(MEMORY / _bytes_a_sample(model, same[0])), 1))
+    chosen, total = [], 0
+    for batch in same:
+        if chosen and total + batch.size > limit:
+            break
+        chosen.append(batch)
+        total += batch.size
+    whole = sum(b.size for b in data)
+    note = f"used {total} of {whole} samples" if total < whole else ""
+    joined = [_join(list(values), chosen) for values in zip(*(b.args for b in chosen), strict=True)]
+    named = {k: _join([b.kwargs[k] for b in chosen], chosen) for k in same[0].kwargs}
+    return Batch(tuple(joined), named).to(device_of(model)), note
+
+
+def _form(batch: Batch) -> tuple:
+    """What batches that can be joined have in common."""
+
+    def one(value: Any) -> Any:
+        if not _sliceable(value, batch.size):
+            return id(value)  # shared by all batches of a group, or stands alone
+        return (value.dtype, value.shape[1:]) if isinstance(value, Tensor) else "list"
+
+    return tuple(one(v) for v in batch.args), tuple((k, one(v)) for k, v in batch.kwargs.items())
+
+
+def _join(values: list[Any], batches: list[Batch]) -> Any:
+    """One value for all the batches; what is not per sample is the same in all of them."""
+    if len(values) == 1 or not all(_sliceable(v, b.size) for v, b in zip(values, batches, strict=True)):
+        return values[0]
+    return torch.cat(values) if isinstance(values[0], Tensor) else [item for value in values for item in value]
+
+
+def _bytes_a_sample(model: nn.Module, batch: Batch) -> float:
+    """Memory of a forward pass: about four times its largest output of one module."""
+    largest = 1
+
+    def look(_module: nn.Module, _args: Any, out: Any) -> None:
+        nonlocal largest
+        if isinstance(out, Tensor):
+            largest = max(largest, out.numel() * out.element_size())
+
+    with hooked([m.register_forward_hook(look) for m in model.modules()]):
+        batch.to(device_of(model)).run(model)
+    return 4 * largest / max(batch.size, 1)
+
+
 def _move(value: Any, device: torch.device) -> Any:
     match value:
         case Tensor():
@@ -132,6 +220,14 @@ def check(model: nn.Module, batch: Batch) -> None:
 
 def _describe(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def hooked(handles: Sequence[Any]) -> ExitStack:
+    """Removes the hooks at the end, whatever happens."""
+    stack = ExitStack()
+    for handle in handles:
+        stack.callback(handle.remove)
+    return stack
 
 
 def device_of(model: nn.Module) -> torch.device:

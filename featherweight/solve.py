@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, simulate
-from featherweight.data import Batch
+from featherweight.data import Batch, stacked
 from featherweight.database import Database
 from featherweight.errors import SolveError, UsageError
 from featherweight.layers import Unit
 from featherweight.methods import Magnitude, Method, Rtn, Solution, Status
-from featherweight.repair.correct import stacked
 from featherweight.sequential import single_use, solve_in_order
 from featherweight.stats import LayerStats
 

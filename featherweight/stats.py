@@ -90,7 +90,7 @@ class _Sums:
 
     def add(self, block: int, x: Tensor) -> None:
         if self.gram is None:
-            self.gram = _zeros(self.shape, self.file)
+            self.gram = zeros(self.shape, self.file)
         blocks = slice(block, block + x.shape[0])
         x = x if x.dtype == torch.float64 else x.float()
         second = (x[0] @ x[0].T).unsqueeze(0) if x.shape[0] == 1 else x @ x.mT
@@ -112,12 +112,12 @@ class _Sums:
         return LayerStats(self.gram, self.total / count[:, None], self.samples, taps=self.taps)
 
 
-def _zeros(shape: tuple[int, ...], file: Path | None) -> Tensor:
+def zeros(shape: tuple[int, ...], file: Path | None, dtype: torch.dtype = torch.float64) -> Tensor:
     """Zeros in memory, or in a file that the operating system pages in and out."""
     if file is None:
-        return torch.zeros(shape, dtype=torch.float64)
+        return torch.zeros(shape, dtype=dtype)
     size = torch.Size(shape).numel()
-    return torch.from_file(str(file), shared=True, size=size, dtype=torch.float64).reshape(shape)
+    return torch.from_file(str(file), shared=True, size=size, dtype=dtype).reshape(shape)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"methods"},
     {"artifact"},
     {"repair", "recipe", "target", "database", "sequential"},
-    {"solve"},
+    {"solve", "sensitivity"},
     {"metrics", "report", "userland"},
     {"pipeline"},
     {"demo"},

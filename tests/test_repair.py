@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from featherweight.data import Batch, batches
+from featherweight.data import Batch, batches, split, stacked
 from featherweight.layers import scan
 from featherweight.repair import repair
-from featherweight.repair.correct import split, stacked
 from featherweight.repair.distance import output_distance
 from tests.nets import images, sentences, tiny, words
 

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.data import Batch, device_of
+
+KEPT = 1 << 28
 
 
 def outputs(value: Any) -> Iterator[Tensor]:
@@ -29,30 +31,75 @@ def outputs(value: Any) -> Iterator[Tensor]:
                 yield from outputs(getattr(value, part.name))
 
 
-@torch.no_grad()
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseOutputs:
+    """What the dense network gives on fixed data, to measure copies of it against. kept: a list of outputs for each
+    batch, None where they would take more than KEPT bytes: then the dense network runs again each time."""
+
+    dense: nn.Module
+    data: Sequence[Batch]
+    kept: list[list[Tensor]] | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, dense: nn.Module, data: Sequence[Batch]) -> "DenseOutputs":
+        kept: list[list[Tensor]] = []
+        room = KEPT
+        for batch in data:
+            kept.append([t.clone() for t in outputs(batch.to(device_of(dense)).run(dense))])
+            room -= sum(t.numel() * t.element_size() for t in kept[-1])
+            if room < 0:
+                return cls(dense, data, None)
+        return cls(dense, data, kept)
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module) -> float:
+        """Mean over the data of the divergence KL(dense || model) of the class probabilities where the data have class
+        labels and the output is one score a class; elsewhere of the squared difference of all outputs, relative to
+        the squared dense outputs. The labels' values are not used. NaN where the two cannot be compared: no output is
+        a tensor of real numbers, or the shapes differ (detectors find another number of boxes)."""
+        device = device_of(model)
+        lost, whole = 0.0, 0.0
+        for i, batch in enumerate(self.data):
+            here = batch.to(device)
+            want = list(outputs(here.run(self.dense))) if self.kept is None else self.kept[i]
+            got = list(outputs(here.run(model)))
+            if not want or [t.shape for t in want] != [t.shape for t in got]:
+                return math.nan
+            whole += energy(want, batch.target)
+            if is_classification(want, batch.target):
+                log_p, log_q = want[0].double().log_softmax(1), got[0].double().log_softmax(1)
+                lost += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+            else:
+                lost += sum(float((g.double() - w.double()).square().sum()) for g, w in zip(got, want, strict=True))
+        return lost / whole if whole > 0 else lost
+
+
 def output_distance(dense: nn.Module, model: nn.Module, data: Sequence[Batch]) -> float:
-    """Mean over the data of the divergence KL(dense || model) of the class probabilities where the data have class
-    labels and the output is one score a class; elsewhere of the squared difference of all outputs, relative to the
-    squared dense outputs. The labels' values are not used. NaN where the two cannot be compared: no output is a
-    tensor of real numbers, or the shapes differ (detectors find another number of boxes)."""
-    device = device_of(model)
-    lost, whole = 0.0, 0.0
-    for batch in data:
-        here = batch.to(device)
-        want, got = list(outputs(here.run(dense))), list(outputs(here.run(model)))
-        if not want or [t.shape for t in want] != [t.shape for t in got]:
-            return math.nan
-        if _is_classification(want, batch.target):
-            log_p, log_q = want[0].double().log_softmax(1), got[0].double().log_softmax(1)
-            lost += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-            whole += len(want[0])
-        else:
-            lost += sum(float((g.double() - w.double()).square().sum()) for g, w in zip(got, want, strict=True))
-            whole += sum(float(w.double().square().sum()) for w in want)
-    return lost / whole if whole > 0 else lost
+    """`DenseOutputs.of(dense, data).distance(model)`, for one copy."""
+    return DenseOutputs.of(dense, data).distance(model)
 
 
-def _is_classification(outputs: list[Tensor], target: Any) -> bool:
+def energy(want: list[Tensor], target: Any) -> float:
+    """What a batch adds to the denominator of the distance: its samples, or its squared dense outputs."""
+    if is_classification(want, target):
+        return float(len(want[0]))
+    return sum(float(w.double().square().sum()) for w in want)
+
+
+def is_classification(outputs: list[Tensor], target: Any) -> bool:
     scores = outputs[0] if len(outputs) == 1 else None
     labels = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
     return labels and scores is not None and scores.ndim == 2 and scores.shape[1] > 1
+
+
+def probe(want: list[Tensor], target: Any, noise: list[Tensor]) -> list[Tensor]:
+    """For independent `noise` of mean 0 and variance 1 in the shape of the outputs: v, one tensor for each of them,
+    with E[v vᵀ] the Hessian of the distance's numerator at the dense outputs: diag(p) - p pᵀ for every row of class
+    scores, p its probabilities, and 2 I elsewhere."""
+    if is_classification(want, target):
+        p = want[0].softmax(1)
+        root = p.sqrt()
+        return [root * noise[0] - p * (root * noise[0]).sum(1, keepdim=True)]
+    return [math.sqrt(2) * n for n in noise]
