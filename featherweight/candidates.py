@@ -6,27 +6,36 @@ solved again by the best ones, see `refined`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import final
 
 import numpy as np
-import torch
 from torch import nn
 
-from featherweight.database import Database
+from featherweight.database import Database, Shared
 from featherweight.errors import SolveError
 from featherweight.knapsack import Menu, useful
 from featherweight.layers import Unit
-from featherweight.methods import NM, Gptq, GridSpec, Method, Obq, Obs, Prune, PruneQuantize, Rtn, Solution, Unstructured
+from featherweight.methods import (
+    Gptq,
+    GridSpec,
+    Magnitude,
+    Method,
+    Obq,
+    Obs,
+    Prune,
+    PruneQuantize,
+    Rtn,
+    Solution,
+    Unstructured,
+)
 from featherweight.sensitivity import Sensitivity
 from featherweight.stats import LayerStats
-from featherweight.weights import Dense, Grid, Sparse, Weight
-
-Among: TypeAlias = Literal["quantize", "prune", "both"]
-"""The kinds of candidates: grids alone, sparse fp16 alone, or these and sparse grids."""
+from featherweight.target import Among
+from featherweight.weights import Grid, Sparse, Weight
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
-SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-JOINT = tuple((s, b) for s in (0.3, 0.5, 0.7, 0.85) for b in (2, 3, 4, 5))
+SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+JOINT = {0.3: (3, 4, 5), 0.5: (3, 4, 5), 0.7: (3, 4, 5), 0.85: (3, 4)}
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
 FLOAT = 32  # bits that a multiplication counts where a factor is not on a grid
 
@@ -46,21 +55,19 @@ class Candidate:
     rise: float
 
 
-def forms(unit: Unit, among: Among) -> list[Method]:
-    """The methods that are tried for a unit."""
+def forms(unit: Unit, among: Among, with_data: bool = True) -> list[Method]:
+    """The methods that are tried for a unit; without data those that need none."""
     cols = unit.view.matrix_shape[1]
     groups = [None, 0] if cols <= SHARED else [None, SHARED] if cols >= 2 * SHARED else [None]
-    grids = [Gptq(GridSpec(b, b == 8, g)) for b in BITS for g in groups]
-    pruned = [Obs(Unstructured(s)) for s in SPARSITIES]
-    pairs = [PruneQuantize(Obs(Unstructured(s)), Gptq(GridSpec(b))) for s, b in JOINT]
-    hardware = [PruneQuantize(Obs(NM(2, 4)), Gptq(GridSpec(b))) for b in (3, 4, 5)] if cols // unit.taps >= 4 else []
-    match among:
-        case "quantize":
-            return [*grids]
-        case "prune":
-            return [*pruned]
-        case "both":
-            return [*grids, *pruned, *pairs, *hardware]
+    grids = [GridSpec(b, b == 8, g) for b in BITS for g in groups]
+    quantized: list[Method] = [Gptq(g) if with_data else Rtn(g) for g in grids]
+    pruned: list[Method] = []
+    for s in SPARSITIES:  # what prunes alike stands together, and shares the pruned weights
+        pruner = Obs(Unstructured(s))
+        pruned.append(pruner if with_data else Magnitude(pruner.pattern))
+        if among == "both" and with_data:
+            pruned += [PruneQuantize(pruner, Gptq(GridSpec(b))) for b in JOINT.get(s, ())]
+    return (quantized if among != "prune" else []) + (pruned if among != "quantize" else [])
 
 
 def refined(method: Method) -> Method:
@@ -80,7 +87,7 @@ def solve_candidates(
     units: Sequence[Unit],
     stats: Mapping[str, LayerStats],
     sensitivity: Sensitivity | None,
-    among: Among,
+    methods: Mapping[str, Sequence[Method]],
     input_bits: Mapping[str, int],
     samples: int,
     store: Database,
@@ -89,11 +96,11 @@ def solve_candidates(
     """Candidates by unit name, those left out that another one beats in bytes, MACs, BOPs and rise.
 
     Args:
+        methods: what is tried, by unit name, see `forms`.
         sensitivity: predicts the rises; None, or for a unit that it misses, the relative layer error stands for it.
         input_bits: of the units' inputs, missing or 0 for floats. samples: how many the statistics are of.
     """
-    wanted = {u.name: forms(u, among) for u in units}
-    total, done = sum(map(len, wanted.values())), 0
+    total, done = sum(map(len, methods.values())), 0
     found: dict[str, list[Candidate]] = {}
     progress("candidates", 0, total)
     for unit in units:
@@ -101,9 +108,10 @@ def solve_candidates(
         seen = stats[unit.name]
         positions = int(seen.samples.max()) / max(samples, 1)
         rows: list[Candidate] = []
-        for method in wanted[unit.name]:
+        shared = Shared()
+        for method in methods[unit.name]:
             try:
-                solution, _ = store.solve(method, w, seen)
+                solution, _ = store.solve(method, w, seen, shared)
             except SolveError as error:
                 raise SolveError(f"{unit.name}: {error}") from error
             if sensitivity is not None and unit.name in sensitivity.gradients:

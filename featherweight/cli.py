@@ -1,11 +1,9 @@
 """The `featherweight` command. Each command parses, calls the library and prints; errors are one line and a code:
 1 a file or a layer is bad, 2 the request is wrong, 3 the target cannot be reached."""
 
-import copy
 import json
 import math
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,23 +13,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 
 from featherweight.artifact import fill, read
-from featherweight.data import batches
 from featherweight.database import Database, DatabaseWarning
-from featherweight.errors import FeatherweightError, FormatError, UsageError
-from featherweight.metrics import accuracy
+from featherweight.errors import FeatherweightError, UsageError
+from featherweight.picture import save_front
 from featherweight.pipeline import Plan, compress, plan, settle
+from featherweight.proof import meter, prove
 from featherweight.recipe import Recipe, method_of, read_recipe
-from featherweight.report import float_inputs_lines, left_alone_table, rows_of, summary, weights_table
-from featherweight.userland import call, find, make_model
+from featherweight.report import (
+    allocation_lines,
+    float_inputs_lines,
+    left_alone_table,
+    rows_of,
+    summary,
+    weights_table,
+)
+from featherweight.target import Goal
+from featherweight.userland import call, make_model
 
 app = typer.Typer(
     add_completion=False,
@@ -57,6 +61,10 @@ Symmetric = Annotated[
 ]
 Activations = Annotated[int | None, typer.Option(help="round the inputs of compressed weights, too: 2 to 8 bits")]
 Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
+TargetMacs = Annotated[str | None, typer.Option(help="multiplications of a sample: 0.5x of the dense ones, 50% or 20M")]
+TargetBops = Annotated[str | None, typer.Option(help="the same, each times the bits of both factors (32 for floats)")]
+AmongKinds = Annotated[str, typer.Option("--among", help="what a target chooses from: quantize, prune or both")]
+Measurements = Annotated[int | None, typer.Option(help="policies that a target measures, at most", min=1)]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with settings and overrides")]
 Include = Annotated[list[str] | None, typer.Option(help="only weights that match this pattern (repeatable)")]
 Exclude = Annotated[list[str] | None, typer.Option(help="leave matching weights alone (repeatable)")]
@@ -87,6 +95,13 @@ def compress_command(
     symmetric: Symmetric = None,
     activations: Activations = None,
     target: Target = None,
+    target_macs: TargetMacs = None,
+    target_bops: TargetBops = None,
+    among: AmongKinds = "both",
+    measurements: Measurements = None,
+    front: Annotated[
+        Path | None, typer.Option(help="JSON file for other sizes that a target could have, and a picture beside it")
+    ] = None,
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -105,21 +120,24 @@ def compress_command(
     if database is not None:
         Database.at(database)
     settings = method, bits, sparsity, pattern, group, symmetric
-    chosen = _recipe(*settings, target, recipe, include, exclude, no_repair, activations, sequential)
+    goal = _goal(target, target_macs, target_bops, among, measurements, front)
+    chosen = _recipe(*settings, goal, recipe, include, exclude, no_repair, activations, sequential)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     unproved = output.with_name(f".{output.name}.unproved")
     try:
         # whatever the user's code prints is not our output
         with _bars() as progress, _plain_warnings(), redirect_stdout(sys.stderr):
             network = make_model(model, weights)
-            settle(network, chosen, target)
+            settle(network, chosen, goal, data is not None)
             calibration = call(data) if data else None
-            before = _measure(network, test, metric, batch_size)
+            measure = meter(test, metric, batch_size)
+            before = measure(network)
             small = compress(
                 network,
                 calibration,
                 recipe=chosen,
-                target=target,
+                target=goal,
+                evaluate=measure if front is not None and test else None,
                 batch_size=batch_size,
                 about=about,
                 database=database,
@@ -127,18 +145,22 @@ def compress_command(
             )
             size = small.save(unproved)
             progress("read back", 0, 1)
-            proof = _prove(unproved, small.artifact.digest(), model, weights, test, metric, batch_size)
+            proof = prove(unproved, small.artifact.digest(), model, weights, test, metric, batch_size)
             os.replace(unproved, output)
             progress("read back", 1, 1)
     finally:
         unproved.unlink(missing_ok=True)
     report = replace(small.report, file_bytes=size, before=before, after=proof["metrics"])
+    if front is not None:
+        save_front(report, front)
     if as_json:
         _print_json(proof["metrics"] | report.to_dict() | {"file": str(output), "digest": proof["digest"]})
         return
     out.print(weights_table(report.rows, size), "")
     out.print(left_alone_table(report.left_alone), "")
     out.print(summary(report, str(output)))
+    if front is not None:
+        out.print(f"other sizes: {front} and {front.with_suffix('.png')}", style="dim")
     out.print(f"read back in a fresh process: every decoded bit is the same ({proof['digest'][:12]})", style="green")
 
 
@@ -155,17 +177,32 @@ def plan_command(
     symmetric: Symmetric = None,
     activations: Activations = None,
     target: Target = None,
+    target_macs: TargetMacs = None,
+    target_bops: TargetBops = None,
+    among: AmongKinds = "both",
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
     batch_size: BatchSize = 128,
+    database: DatabaseFolder = None,
     as_json: Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
     settings = method, bits, sparsity, pattern, group, symmetric
-    chosen = _recipe(*settings, target, recipe, include, exclude, False, activations, None)
-    network = make_model(model, weights)
-    found = plan(network, call(data) if data else None, recipe=chosen, target=target, batch_size=batch_size)
+    goal = _goal(target, target_macs, target_bops, among, None, None)
+    chosen = _recipe(*settings, goal, recipe, include, exclude, False, activations, None)
+    with _bars() as progress, _plain_warnings(), redirect_stdout(sys.stderr):
+        network = make_model(model, weights)
+        calibration = call(data) if data else None
+        found = plan(
+            network,
+            calibration,
+            recipe=chosen,
+            target=goal,
+            batch_size=batch_size,
+            database=database,
+            progress=progress,
+        )
     if as_json:
         _print_json(asdict(found))
         return
@@ -173,7 +210,10 @@ def plan_command(
     out.print(left_alone_table(found.left_alone), *float_inputs_lines(found.float_inputs), "", sep="\n")
     ratio = found.baselines.fp32 / found.file_bytes
     out.print(f"predicted file {found.file_bytes:,} bytes, {ratio:.1f}x smaller than fp32 ({found.baselines.fp32:,})")
-    out.print(f"predicted time {found.seconds:.0f} s, {found.capture_seconds:.0f} s of it to read the calibration data")
+    reading = f"{found.capture_seconds:.0f} s of it to read the calibration data"
+    searching = f", {found.search_seconds:.0f} s to choose" if found.allocation is not None else ""
+    out.print(f"predicted time {found.seconds:.0f} s, {reading}{searching}")
+    out.print(*allocation_lines(found.allocation, found.file_bytes), sep="\n")
 
 
 @app.command("evaluate")
@@ -188,7 +228,7 @@ def evaluate_command(
     """Read a file into a network and measure it."""
     artifact = read(file)
     network = fill(make_model(model), artifact)
-    measured = _measure(network, data, metric, batch_size)
+    measured = meter(data, metric, batch_size)(network)
     result = {"file": str(file), "bytes": file.stat().st_size, "digest": artifact.digest()}
     if as_json:
         _print_json(measured | result | {"metrics": measured})
@@ -241,6 +281,24 @@ def _check_output(output: Path, weights: Path | None) -> None:
         raise UsageError(f"{output} is the file with the weights; choose another name for the output")
 
 
+def _goal(
+    target: str | None,
+    macs: str | None,
+    bops: str | None,
+    among: str,
+    measurements: int | None,
+    front: Path | None,
+) -> Goal | None:
+    """What the options ask for; None without any target."""
+    if target is None and macs is None and bops is None:
+        if among != "both" or measurements is not None or front is not None:
+            raise UsageError("--among, --measurements and --front are of a target: give --target, for example 10x")
+        return None
+    if front is not None:
+        _check_output(front, None)
+    return Goal(target, macs, bops, among, measurements, front is not None)  # pyright: ignore - it checks
+
+
 def _recipe(
     method: str | None,
     bits: int | None,
@@ -248,7 +306,7 @@ def _recipe(
     pattern: str | None,
     group: int | None,
     symmetric: bool | None,
-    target: str | None,
+    goal: Goal | None,
     file: Path | None,
     include: list[str] | None,
     exclude: list[str] | None,
@@ -260,7 +318,7 @@ def _recipe(
     settings: dict[str, Any] = {"method": method, "bits": bits, "sparsity": sparsity, "pattern": pattern}
     settings |= {"group": group, "symmetric": symmetric}
     settings = {k: v for k, v in settings.items() if v is not None}
-    if settings and target is not None:
+    if settings and goal is not None:
         raise UsageError(f"--target chooses the settings itself; leave out {', '.join(f'--{k}' for k in settings)}")
     if settings and file is not None:
         raise UsageError(f"--recipe holds the settings; leave out {', '.join(f'--{k}' for k in settings)}")
@@ -276,54 +334,24 @@ def _recipe(
     )
 
 
-def _measure(network: nn.Module, data: str | None, metric: str | None, batch_size: int) -> dict[str, float]:
-    """The metric, or accuracy, of a network on the data that a spec names; nothing without data."""
-    if data is None:
-        return {}
-    loaded = call(data)
-    if metric is None:
-        return accuracy(network, batches(loaded, batch_size))
-    function = find(metric)
-    try:
-        with torch.no_grad(), redirect_stdout(sys.stderr):
-            value = function(copy.deepcopy(network), loaded)  # it may leave it in training mode
-        named = value if isinstance(value, dict) else {function.__name__: value}
-        return {str(name): float(number) for name, number in named.items()}
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise UsageError(f"{metric} failed: {type(error).__name__}: {error}") from error
-
-
-def _prove(
-    file: Path, digest: str, model: str, weights: Path | None, test: str | None, metric: str | None, batch_size: int
-) -> dict[str, Any]:
-    """Read the file back in a fresh process; its digest must be ours. With test data, also measure there."""
-    command = [sys.executable, "-P", "-m", "featherweight", "inspect", str(file), "--json"]
-    if test is not None:
-        command[4:6] = ["evaluate", str(file), "--model", model, "--data", test, "--batch-size", str(batch_size)]
-        command += ["--metric", metric] if metric else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise FormatError(f"{file} was written but a fresh process cannot use it: {done.stderr.strip()}")
-    found = json.loads(done.stdout)
-    if found["digest"] != digest:
-        raise FormatError(f"{file} decodes differently in a fresh process ({found['digest']}, expected {digest})")
-    return {"digest": digest, "metrics": found.get("metrics", {})}
-
-
 def _plan_table(found: Plan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("weight", "kind", "shape", "method"):
         table.add_column(title, overflow="fold")
     for title in ("fp32 bytes", "bytes", "seconds"):
         table.add_column(title, justify="right", no_wrap=True)
+    scored = found.allocation is not None
+    if scored:
+        table.add_column("predicted loss", justify="right", no_wrap=True)
     rounded = any(row.input_bits for row in found.rows)
     if rounded:
         table.add_column("inputs", justify="right", no_wrap=True)
     for row in found.rows:
         shape = "x".join(map(str, row.shape))
         sizes = f"{4 * row.params:,}", f"{row.bytes:,}", f"{row.seconds:.1f}"
+        rise = ["" if row.rise is None else f"{row.rise:.2g}"] * scored
         inputs = [f"{row.input_bits} bit" if row.input_bits else "float"] * rounded
-        table.add_row(escape(row.name), row.kind, shape, row.method, *sizes, *inputs)
+        table.add_row(escape(row.name), row.kind, shape, row.method, *sizes, *rise, *inputs)
     return table
 
 

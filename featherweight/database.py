@@ -27,6 +27,7 @@ from featherweight.errors import FormatError, UsageError
 from featherweight.layers import View
 from featherweight.methods import Method, Obs, Prune, PruneQuantize, Rows, Solution, Status
 from featherweight.methods.patterns import whole
+from featherweight.methods.pruning import Pruned, stored
 from featherweight.methods.traces import Trace
 from featherweight.stats import LayerStats
 
@@ -46,6 +47,15 @@ SOURCES = (  # all that a solver is made of (a test follows the imports), and th
 )
 
 T = TypeVar("T")
+
+
+@final
+@dataclass(slots=True)
+class Shared:
+    """What several methods of one layer have in common: the layer as the last pruner left it."""
+
+    pruner: Obs | Prune | None = None
+    pruned: Pruned | None = None
 
 
 class DatabaseWarning(UserWarning):
@@ -77,8 +87,13 @@ class Database:
             raise UsageError(f"the folder {place} cannot be read and written; choose another --database")
         return cls(path)
 
-    def solve(self, method: Method, w: Tensor, stats: LayerStats) -> tuple[Solution, bool]:
+    def solve(
+        self, method: Method, w: Tensor, stats: LayerStats, shared: "Shared | None" = None
+    ) -> tuple[Solution, bool]:
         """`method.solve(w, stats)`, and whether it came from here. What did not is kept as soon as it is solved.
+
+        Args:
+            shared: give the same one for several methods of one layer: those that prune alike prune once.
 
         Raises:
             SolveError: as the method does; a failure is not kept.
@@ -91,7 +106,7 @@ class Database:
         found = self._entry(key, lambda entry: _solution(entry, (w.shape[0], w.shape[1])))
         if found is not None:
             return found, True
-        solution = self._solve(method, w, stats)
+        solution = self._solve(method, w, stats, shared or Shared())
         shown = solution.relative_error if math.isfinite(solution.relative_error) else None
         unit = StoredUnit(("weight",), View((w.shape[0], w.shape[1])), solution.weight, method.label, shown)
         facts = {
@@ -104,21 +119,27 @@ class Database:
         self._keep(key, Artifact((unit,), {}, (), facts))
         return solution, False
 
-    def _solve(self, method: Method, w: Tensor, stats: LayerStats) -> Solution:
+    def _solve(self, method: Method, w: Tensor, stats: LayerStats, shared: "Shared") -> Solution:
         """With the trace of the layer where the method makes one: it serves every sparsity."""
         pruner = method.prune if isinstance(method, PruneQuantize) else method
-        if not isinstance(pruner, Obs | Prune) or isinstance(pruner.pattern, Rows):
+        if not isinstance(pruner, Obs | Prune):
             return method.solve(w, stats)
+        if shared.pruner != pruner or shared.pruned is None:
+            trace = None if isinstance(pruner.pattern, Rows) else self._trace(pruner, w, stats)
+            shared.pruner, shared.pruned = pruner, pruner.prune(w, stats, trace)
+        if isinstance(method, PruneQuantize):
+            return method.stored(shared.pruned, w, stats)
+        return stored(pruner, shared.pruned, w, stats)
+
+    def _trace(self, pruner: Obs | Prune, w: Tensor, stats: LayerStats) -> Trace:
         exact = Obs(whole(pruner.pattern), pruner.damp)
         key = fingerprint("trace", exact, w, stats)
         kept = self.tensors(key)
-        if kept is None:
-            found = exact.trace(w, stats)
-            self.keep(key, {"order": found.order, "losses": found.losses}, {"trace": exact.label})
-        else:
-            found = Trace(kept["order"], kept["losses"])
-        assert isinstance(method, Obs | Prune | PruneQuantize)
-        return method.solve(w, stats, found)
+        if kept is not None:
+            return Trace(kept["order"], kept["losses"])
+        found = exact.trace(w, stats)
+        self.keep(key, {"order": found.order, "losses": found.losses}, {"trace": exact.label})
+        return found
 
     def tensors(self, key: str) -> dict[str, Tensor] | None:
         """What `keep` was given under this key, bit for bit; None where there is nothing usable."""

@@ -125,11 +125,11 @@ def front(menus: Sequence[Menu]) -> list[Policy]:
     """Policies from the cheapest to the one with the smallest loss, each optimal for the budget that it costs: costs
     rise, losses fall, and the loss falls ever more slowly. One step changes one unit."""
     _one_budget(menus)
-    hulls = [_hull(m) for m in menus]
+    hulls = [hull(m) for m in menus]
     steps = []
-    for u, (menu, hull) in enumerate(zip(menus, hulls, strict=True)):
-        for n in range(1, len(hull)):
-            before, after = hull[n - 1], hull[n]
+    for u, (menu, corners) in enumerate(zip(menus, hulls, strict=True)):
+        for n in range(1, len(corners)):
+            before, after = corners[n - 1], corners[n]
             gained = menu.losses[before] - menu.losses[after]
             steps.append((-gained / (menu.costs[after, 0] - menu.costs[before, 0]), u, n))
     choices = [int(h[0]) for h in hulls]
@@ -175,14 +175,14 @@ def within(menus: Sequence[Menu], limits: Sequence[int]) -> Policy:
     raise InfeasibleError(f"no policy stays within {list(limits)}; each alone reaches {floor(menus)}")
 
 
-def _hull(menu: Menu) -> list[int]:
+def hull(menu: Menu) -> list[int]:
     """The candidates on the lower convex hull, from the cheapest to the one with the smallest loss."""
-    hull: list[int] = []
+    corners: list[int] = []
     for i in useful(menu):
-        while len(hull) > 1 and _slope(menu, hull[-2], hull[-1]) >= _slope(menu, hull[-1], i):
-            hull.pop()
-        hull.append(int(i))
-    return hull
+        while len(corners) > 1 and _slope(menu, corners[-2], corners[-1]) >= _slope(menu, corners[-1], i):
+            corners.pop()
+        corners.append(int(i))
+    return corners
 
 
 def _slope(menu: Menu, a: int, b: int) -> float:

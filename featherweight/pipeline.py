@@ -1,4 +1,4 @@
-"""The straight line: scan, capture, solve, assemble, repair, pack. `compress` is that line, written out."""
+"""The straight line: scan, capture, allocate, solve, assemble, repair, pack. `compress` is that line, written out."""
 
 import copy
 import tempfile
@@ -13,22 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, FloatInput, calibrate, simulate, simulated, stays_float
-from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, fill, write
+from featherweight.allocate import SECONDS, Allocation, Setting, allocate
+from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
-from featherweight.artifact.schema import is_foldable
 from featherweight.artifact.write import to_bytes
-from featherweight.data import Batch, batches, check
+from featherweight.candidates import forms
+from featherweight.data import Batch, batches, check, split
 from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
 from featherweight.layers import LeftAlone, Scan, Unit, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
-from featherweight.recipe import Recipe, assign, input_bits
+from featherweight.packing import packed, predicted_bytes
+from featherweight.recipe import Recipe, assign, input_bits, overridden, settled
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats, capture
-from featherweight.target import Baselines, baselines, target_bytes
-from featherweight.weights.base import float_type
+from featherweight.target import Baselines, Goal, baselines, target_bytes
 
 SPILL = 2 << 30  # statistics over this many bytes are kept in files instead of memory
 RATE = 4e9  # multiply-adds a second that the time estimate assumes
@@ -42,8 +43,8 @@ def _quiet(stage: str, done: int, total: int) -> None:
 @dataclass(frozen=True, slots=True)
 class PlanRow:
     """What would be done with one weight. bytes: its payload, exact unless its scales need fp32 or
-    its pattern has short blocks. seconds: a guess.
-    input_bits: what its inputs would be rounded to, None for float."""
+    its pattern has short blocks. seconds: a guess. input_bits: what its inputs would be rounded to, None for float.
+    rise: what a target's score predicts that it adds to the distance to the dense outputs, None without a target."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,13 +54,15 @@ class PlanRow:
     bytes: int
     seconds: float
     input_bits: int | None = None
+    rise: float | None = None
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A dry run. file_bytes and seconds are predictions; capture_seconds is 0 where no data were given. float_inputs:
-    where inputs would be rounded, those that would not, told from the kind of layer alone."""
+    where inputs would be rounded, those that would not, told from the kind of layer alone. search_seconds, allocation:
+    of a target."""
 
     rows: tuple[PlanRow, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -68,6 +71,8 @@ class Plan:
     capture_seconds: float
     seconds: float
     float_inputs: tuple[FloatInput, ...] = ()
+    search_seconds: float = 0.0
+    allocation: Allocation | None = None
 
 
 @final
@@ -89,7 +94,7 @@ def compress(
     *,
     method: Method | None = None,
     recipe: Recipe | None = None,
-    target: str | int | None = None,
+    target: str | int | Goal | None = None,
     evaluate: Callable[[nn.Module], float | dict[str, float]] | None = None,
     batch_size: int = 128,
     about: dict[str, Any] | None = None,
@@ -103,8 +108,9 @@ def compress(
             None is possible for methods that need no data.
         method: for every weight; OBQ at 4 bits where nothing is said.
         recipe: methods by pattern, what to leave out, and whether to correct statistics.
-        target: size of the file (`"100kB"`, `"10x"`, `"12%"`), met with the most bits, the same for every weight, that
-            fit; takes the place of the recipe's method.
+        target: size of the file (`"100kB"`, `"10x"`, `"12%"`), or a `Goal`: every weight gets the method and the ratio
+            with which the whole network comes closest to the dense one. Takes the place of the recipe's method; its
+            overrides hold.
         evaluate: measures the dense network and the network read back; a number, or several by name.
         about: extra JSON for people, kept in the file.
         database: a folder where solved layers are kept and found again (docs/database.md); nothing is kept without.
@@ -116,40 +122,53 @@ def compress(
     if method is not None and (recipe is not None or target is not None):
         raise UsageError("a recipe or a target chooses the methods itself; give no method beside it")
     store = None if database is None else Database.at(database)
-    net = _copy(model)
-    found, recipe, methods = settle(net, recipe or Recipe(method or Obq(GridSpec(4))), target)
-    base = baselines(net, found.units)
-    wanted = input_bits(recipe, found)
-    predicted = predicted_bytes(net, found, methods, wanted)
+    net, goal = _copy(model), goal_of(target)
+    recipe = recipe or Recipe(method or Obq(GridSpec(4)))
+    found, methods = settle(net, recipe, goal, data is not None)
+    base, wanted = baselines(net, found.units), input_bits(recipe, found)
     original = _tensors(net)
     samples = _samples(net, data, methods, batch_size, wanted)
     before = _metrics(evaluate, copy.deepcopy(net))
+    about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         with _timed(seconds, "capture"):
-            then = order(net, samples, found.units, methods) if recipe.sequential else Order()
-            stats = _captured(
-                net, samples, tuple(u for u in found.units if u not in then.units), Path(folder), progress
-            )
+            seen = samples if goal is None else split(samples)[0] or samples  # the others judge policies
+            then = order(net, seen, found.units, methods) if goal is None and recipe.sequential else Order()
+            left = tuple(u for u in found.units if u not in then.units)
+            stats = _captured(net, seen, left, Path(folder), progress)
             grids, float_inputs = calibrate(net, samples, found.units, wanted)
             net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
+        stage = None
+        if goal is not None:
+            with _timed(seconds, "allocate"):
+                kept = store or Database.at(Path(folder) / "solved")
+                fixed, judged = overridden(recipe, found), None if evaluate is None else _measured(evaluate)
+                setting = Setting(net, found, samples, stats, fixed, grids, wanted, base, about, kept, judged)
+                stage = allocate(setting, goal, progress)
+                net.load_state_dict(original, strict=False)
         while True:
+            if stage is not None:
+                methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}
+                then = order(net, seen, found.units, methods) if recipe.sequential is not False else Order()
+                left = tuple(u for u in found.units if u not in then.units)
             with _timed(seconds, "solve"):
                 work = Work(methods, store, progress, len(found.units))
-                solutions = solved(work, net, found.units, stats, then, grids)
+                solutions = solved(work, net, found.units, {u.name: stats[u.name] for u in left}, then, grids)
                 net.load_state_dict(original, strict=False)
             with _timed(seconds, "repair"):
                 judged = samples if recipe.repair else []
                 small, outcome = _repaired(net, found, solutions, grids, judged, progress)
+                if stage is not None and stage.beats(outcome):  # what was measured holds
+                    methods, solutions = stage.first_methods, stage.solutions
+                    small, outcome = _repaired(net, found, solutions, grids, judged, progress)
                 net.load_state_dict(original, strict=False)
-            facts = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-            artifact, rest = packed(small, found, methods, solutions, (about or {}) | facts, grids)
+            artifact, rest = packed(small, found, methods, solutions, about, grids)
             data_read_back = to_bytes(artifact)
             size = len(data_read_back)
-            if target is None or size <= target_bytes(target, base.fp32):
-                break  # else: notes or fp32 scales came on top of the prediction; once more, with fewer bits
-            _, recipe, methods = settle(net, recipe, target_bytes(target, base.fp32) - (size - predicted))
-            predicted = predicted_bytes(net, found, methods, wanted)
+            if stage is None or size <= (limit := stage.limits.get("bytes", size)):
+                break
+            stage = stage.tighter(size - limit)  # scales came out as fp32: once more, with a little less
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(
@@ -167,6 +186,7 @@ def compress(
         in_order=len(then.units),
         order_note=then.note,
         float_inputs=float_inputs,
+        allocation=None if stage is None else stage.outcome,
     )
     return Compressed(artifact, report)
 
@@ -176,55 +196,79 @@ def plan(
     data: Any = None,
     *,
     recipe: Recipe | None = None,
-    target: str | int | None = None,
+    target: str | int | Goal | None = None,
     batch_size: int = 128,
+    database: str | Path | None = None,
+    progress: Progress = _quiet,
 ) -> Plan:
     """What `compress` would do: method, bytes and time of every weight, and what it would leave alone, with reasons.
 
-    At most one batch of the data is run. Raises what `compress` raises before its first expensive step.
+    At most one batch of the data is run, unless there is a target: then candidates are solved and scored for every
+    weight, and nothing is measured. Raises what `compress` raises before its first expensive step.
     """
-    net = _copy(model)
-    found, recipe, methods = settle(net, recipe or Recipe(Obq(GridSpec(4))), target)
-    wanted = input_bits(recipe, found)
+    net, goal = _copy(model), goal_of(target)
+    recipe = recipe or Recipe(Obq(GridSpec(4)))
+    found, methods = settle(net, recipe, goal, data is not None)
+    base, wanted = baselines(net, found.units), input_bits(recipe, found)
     size = predicted_bytes(net, found, methods, wanted)
     samples = _samples(net, data, methods, batch_size, wanted)
-    capturing = 0.0
-    if samples:
+    capturing, searching, allocation = 0.0, 0.0, None
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        seen = samples[:1] if goal is None else split(samples)[0] or samples
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
-            _captured(net, samples[:1], found.units, Path(folder), _quiet)
-        capturing = (time.perf_counter() - start) * sum(b.size for b in samples) / max(samples[0].size, 1)
+        stats = _captured(net, seen, found.units, Path(folder), progress)
+        each = (time.perf_counter() - start) / max(sum(b.size for b in seen), 1)
+        capturing = each * sum(b.size for b in samples)
+        if goal is not None:
+            about = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
+            kept = Database.at(database or Path(folder) / "solved")
+            fixed = overridden(recipe, found)
+            setting = Setting(net, found, samples, stats, fixed, {}, wanted, base, about, kept)
+            stage = allocate(setting, goal, progress, measuring=False)
+            searching = time.perf_counter() - start - capturing + SECONDS * bool(samples)
+            methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}
+            allocation, size = stage.outcome, stage.bytes
+    rises = {c.name: c.rise for c in allocation.chosen} if allocation else {}
     rows = []
     for unit in found.units:
         shape, method = unit.view.matrix_shape, methods[unit.name]
         seconds = method.work(shape, unit.groups) / RATE
         stored = method.storage(shape, unit.taps, unit.groups)
         bits = None if stays_float(unit, wanted) else wanted[unit.name]
-        rows.append(PlanRow(unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds, bits))
-    total = capturing + sum(r.seconds for r in rows)
+        known = unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds, bits
+        rows.append(PlanRow(*known, rises.get(unit.name)))
+    total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
-    return Plan(tuple(rows), found.left_alone, baselines(net, found.units), size, capturing, total, left)
+    return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
 
 
-def settle(net: nn.Module, recipe: Recipe, target: str | int | None) -> tuple[Scan, Recipe, dict[str, Method]]:
-    """What is compressed and how. With a target, the recipe's method is the most bits, the same for every weight, whose
-    predicted file fits.
+def goal_of(target: str | int | Goal | None) -> Goal | None:
+    """A size is a goal."""
+    return target if target is None or isinstance(target, Goal) else Goal(target)
+
+
+def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = True) -> tuple[Scan, dict[str, Method]]:
+    """What is compressed and how: with a goal, the smallest forms, as nothing else is settled yet.
 
     Raises:
-        UsageError: a pattern matches nothing, or the target is no size.
-        InfeasibleError: one bit is too much.
+        UsageError: a pattern matches nothing, or the network holds what no file can.
+        InfeasibleError: even these are too large.
     """
     found = scan(net, recipe.include, recipe.exclude)
-    if target is None:
-        return found, recipe, assign(recipe, found)
-    limit, size = target_bytes(target, baselines(net, found.units).fp32), 0
-    for bits in range(8, 0, -1):
-        chosen = replace(recipe, method=Obq(GridSpec(bits, symmetric=bits == 8)))
-        methods = assign(chosen, found)
-        size = predicted_bytes(net, found, methods, input_bits(chosen, found))
-        if size <= limit:
-            return found, chosen, methods
-    raise InfeasibleError(f"the target {target} is {limit:,} bytes; the smallest reachable file has {size:,} bytes")
+    if goal is None:
+        packed(net, replace(found, units=()), {}, {}, {}, {})  # refuses what no file can hold
+        return found, assign(recipe, found)
+    fixed, methods = overridden(recipe, found), {}
+    for unit in found.units:
+        tried = [fixed[unit.name]] if unit.name in fixed else forms(unit, goal.among, with_data)
+        methods[unit.name] = min(tried, key=lambda m: m.storage(unit.view.matrix_shape, unit.taps, unit.groups))
+    size = predicted_bytes(net, found, methods, input_bits(recipe, found))
+    if goal.target is not None:
+        limit = target_bytes(goal.target, baselines(net, found.units).fp32)
+        if size > limit:
+            what = f"the target {goal.target} is {limit:,} bytes"
+            raise InfeasibleError(f"{what}; the smallest reachable file has {size:,} bytes")
+    return found, methods
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -297,101 +341,8 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
 
 
-@torch.no_grad()
-def packed(
-    small: nn.Module,
-    found: Scan,
-    methods: dict[str, Method],
-    solutions: dict[str, Solution],
-    about: dict[str, Any],
-    grids: dict[str, ActivationGrid],
-) -> tuple[Artifact, dict[str, float]]:
-    """The artifact of an assembled network, and how its other tensors are stored: numbers in fp16, fp32 and other
-    types, and the largest relative error that fp16 made."""
-    units = tuple(
-        StoredUnit(
-            u.names,
-            u.view,
-            solutions[u.name].weight,
-            methods[u.name].label,
-            solutions[u.name].relative_error,
-            solutions[u.name].note,
-            grids.get(u.name),
-        )
-        for u in found.units
-    )
-    rest, norms = {}, []
-    taken: set[str] = {n for u in found.units for n in u.names}
-    facts = {"fp16": 0, "fp32": 0, "other": 0, "fp16_error": 0.0}
-
-    def stored(*tensors: Tensor) -> list[Tensor]:
-        dtype = torch.float16 if all(float_type(t) == torch.float16 for t in tensors) else torch.float32
-        if any((torch.isfinite(t) & ~torch.isfinite(t.float())).any() for t in tensors):
-            dtype = torch.float64  # beyond the range of fp32
-        facts[{torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, "other")] += sum(t.numel() for t in tensors)
-        for t in tensors:
-            if dtype == torch.float16 and t.numel() and (top := float(t.double().abs().max())) > 0:
-                facts["fp16_error"] = max(
-                    facts["fp16_error"], float((t.half().double() - t.double()).abs().max()) / top
-                )
-        return [t.detach().cpu().to(dtype) for t in tensors]
-
-    for name, module in _foldable(small):
-        scale, shift = stored(*_folded(module))
-        norms.append(FoldedNorm(name, scale, shift, float(module.eps)))
-        taken |= {f"{name}.{t}" for t in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
-    seen: set[int] = set()
-    for name, tensor in small.state_dict(keep_vars=True).items():
-        if name in taken or name.endswith(".num_batches_tracked") or id(tensor) in seen:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise UsageError(
-                f"the network's state has '{name}' of type {type(tensor).__name__}; only tensors can be kept"
-            )
-        seen.add(id(tensor))
-        if tensor.is_floating_point():
-            rest[name] = stored(tensor)[0]
-        else:
-            rest[name] = tensor.detach().cpu().contiguous()
-            facts["other"] += tensor.numel()
-    return Artifact(units, rest, tuple(norms), about), facts
-
-
-def _foldable(small: nn.Module) -> list[tuple[str, Any]]:
-    """BatchNorms whose tensors belong to nobody else, by their only name."""
-    names: dict[int, list[str]] = {}
-    uses: dict[int, int] = {}
-    for name, module in small.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    for tensor in small.state_dict(keep_vars=True).values():
-        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
-    return [
-        (name, module)
-        for name, module in small.named_modules()
-        if is_foldable(module)
-        and len(names[id(module)]) == 1
-        and all(uses.get(id(t)) == 1 for t in (module.weight, module.bias, module.running_mean, module.running_var))
-    ]
-
-
-def _folded(module: Any) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a BatchNorm in eval mode, float64."""
-    scale = module.weight.double() / torch.sqrt(module.running_var.double() + module.eps)
-    return scale, module.bias.double() - module.running_mean.double() * scale
-
-
-def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method], wanted: dict[str, int]) -> int:
-    """Size of the whole file before anything is solved: the payload exactly where scales and other tensors fit fp16,
-    the header within a few bytes a weight."""
-    artifact, _ = packed(net, replace(found, units=()), {}, {}, {}, {})
-    names = {n for u in found.units for n in u.names}
-    rest = {n: t for n, t in artifact.rest.items() if n not in names}
-    other = len(to_bytes(replace(artifact, rest=rest)))
-    payload = sum(methods[u.name].storage(u.view.matrix_shape, u.taps, u.groups) for u in found.units)
-    header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
-    labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
-    header += 75 * sum(bits > 0 for bits in wanted.values())
-    return other + payload + header + labels + 200
+def _measured(evaluate: Callable[[nn.Module], float | dict[str, float]]) -> Callable[[nn.Module], dict[str, float]]:
+    return lambda network: _metrics(evaluate, network)
 
 
 def _metrics(evaluate: Callable[[nn.Module], float | dict[str, float]] | None, model: nn.Module) -> dict[str, float]:

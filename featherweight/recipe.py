@@ -54,7 +54,8 @@ class Override:
 class Recipe:
     """Which weights are compressed, and how: `method`, unless an override matches (the last one that does wins).
     activations: bits of the compressed weights' inputs, 2 to 8; None or 0 keeps all inputs in float. sequential: solve
-    each layer on the inputs that the compressed layers before it give, not on those of the dense network."""
+    each layer on the inputs that the compressed layers before it give, not on those of the dense network; None means
+    yes under a target, no elsewhere."""
 
     method: Method
     overrides: tuple[Override, ...] = ()
@@ -62,7 +63,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     repair: bool = True
     activations: int | None = None
-    sequential: bool = False
+    sequential: bool | None = None
 
     def __post_init__(self) -> None:
         _check_activations(self.activations)
@@ -202,7 +203,7 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
         _patterns(content, "exclude"),
         content.get("repair", True),
         content.get("activations"),
-        content.get("sequential", False),
+        content.get("sequential"),
     )
 
 
@@ -226,10 +227,20 @@ def assign(recipe: Recipe, found: Scan) -> dict[str, Method]:
     Raises:
         UsageError: an override matches no unit.
     """
-    chosen = {u.name: recipe.method for u in found.units}
+    chosen = {u.name: recipe.method for u in found.units} | overridden(recipe, found)
+    return {u.name: settled(chosen[u.name], u) for u in found.units}
+
+
+def overridden(recipe: Recipe, found: Scan) -> dict[str, Method]:
+    """The methods of the units that an override matches, by unit name.
+
+    Raises:
+        UsageError: an override matches no unit.
+    """
+    chosen: dict[str, Method] = {}
     for override in recipe.overrides:
         chosen |= {u.name: override.method for u in matching(override.pattern, found.units)}
-    return {u.name: settled(chosen[u.name], u) for u in found.units}
+    return chosen
 
 
 def settled(method: Method, unit: Unit) -> Method:

@@ -9,10 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from featherweight.activations import FloatInput
+from featherweight.allocate import Allocation
 from featherweight.artifact import Artifact
 from featherweight.layers import LeftAlone
 from featherweight.repair import Repair
 from featherweight.target import Baselines
+
+FULL = 0.98  # of a budget: below, people are told why
 
 
 @final
@@ -42,7 +45,7 @@ class Report:
     layer's Hessian took, relative to its mean diagonal. seconds: by stage. reused: how many weights came solved from
     the database, None where there was none. in_order: how many were solved on the compressed network's inputs;
     order_note: why on fewer samples, or not at all. float_inputs: where inputs are rounded, the weights whose inputs
-    are not, and why."""
+    are not, and why. allocation: how a target was met, None without one."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -58,6 +61,7 @@ class Report:
     in_order: int = 0
     order_note: str = ""
     float_inputs: tuple[FloatInput, ...] = ()
+    allocation: Allocation | None = None
 
     @property
     def ratio(self) -> float:
@@ -154,6 +158,27 @@ def repair_line(repair: Repair) -> str:
     return f"{what} of {repair.sites} layers corrected, {change}: {verdict}{note}"
 
 
+def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Text]:
+    """How a target was met, or would be."""
+    if allocation is None:
+        return []
+    used = {"macs": sum(c.macs for c in allocation.chosen), "bops": sum(c.bops for c in allocation.chosen)}
+    used["bytes"] = file_bytes
+    lines = []
+    for budget, limit in allocation.limits.items():
+        what = budget if budget == "bytes" else budget.upper()
+        share, least = used[budget] / max(limit, 1), allocation.floor[budget]
+        full = "" if share >= FULL else ": no candidate that fits in what is left would help"
+        lines.append(
+            Text(f"{used[budget]:,} of {limit:,} {what} used ({share:.1%}){full}; the smallest reachable is {least:,}")
+        )
+    line = f"predicted distance to the dense outputs {allocation.predicted:.3g} ({allocation.score})"
+    if allocation.measured is not None:
+        line += f"; measured on held-out data {allocation.first:.3g}, after {allocation.policies} policies "
+        line += f"{allocation.measured:.3g}"
+    return [*lines, Text(line, style="dim")]
+
+
 def summary(report: Report, where: str) -> Group:
     """What `compress` prints last."""
     sizes = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
@@ -178,5 +203,6 @@ def summary(report: Report, where: str) -> Group:
         note = f" ({report.order_note})" if report.order_note else ""
         notes.append(Text(f"{report.in_order} of {len(report.rows)} weights {what}{note}", style="dim"))
     notes += float_inputs_lines(report.float_inputs)
+    notes += allocation_lines(report.allocation, report.file_bytes)
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     return Group(*notes, Text(repair_line(report.repair)), Text(times, style="dim"), Text(), sizes)

@@ -1,17 +1,17 @@
 """How much the network's outputs will suffer from a change of one weight, before any changed network is run.
 
-Second order, with the Gauss-Newton matrix of the distance to the dense outputs (repair/distance.py): for a change d of
-one unit's weight, that distance becomes about 1/2 mean_n dᵀ J_nᵀ F_n J_n d, with J_n the outputs' derivatives for sample
-n and F_n the Hessian of the distance in them. With class scores F_n is the Fisher information of the network's own
-predictions, which stand for labels; with a loss of the caller's it is the empirical Fisher, 1/2 mean_n <grad L_n, d>^2,
-the score of MPQCO (Chen et al., ICCV 2021, 2110.06554) and of the unified two-stage framework (Pattern Recognition 140,
-2023). Its direction counts, not only its length.
+Second order, with the Gauss-Newton matrix of the distance to the dense outputs (repair/distance.py): for a change d
+of one unit's weight, that distance becomes about 1/2 mean_n dᵀ J_nᵀ F_n J_n d, with J_n the outputs' derivatives for
+sample n and F_n the Hessian of the distance in them. With class scores F_n is the Fisher information of the network's
+own predictions, which stand for labels; with a loss of the caller's it is the empirical Fisher,
+1/2 mean_n <grad L_n, d>^2, the score of MPQCO (Chen et al., ICCV 2021, 2110.06554) and of the unified two-stage
+framework (Pattern Recognition 140, 2023). The direction of the change counts, not only its length.
 
-Where we differ: not one inner product a sample, but one a pass over a few samples, whose gradients are added with random
-signs (or directions v with E[v vᵀ] = F_n): the cross terms vanish on average, so the mean of the squared products is an
-unbiased estimate, and gradients come from plain automatic differentiation. Any layer that has a gradient can be scored,
-whatever it does with its weight, and every candidate costs one inner product. One sample a pass and a loss give the
-formula exactly.
+Where we differ: not one inner product a sample, but one a pass over a few samples, whose gradients are added with
+random signs (or directions v with E[v vᵀ] = F_n): the cross terms vanish on average, so the mean of the squared
+products is an unbiased estimate, and gradients come from plain automatic differentiation. Any layer that has a
+gradient can be scored, whatever it does with its weight, and every candidate costs one inner product. One sample a pass
+and a loss give the formula exactly.
 """
 
 import math

@@ -2,15 +2,20 @@
 
 import re
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, TypeAlias, final, get_args
 
 from torch import Tensor, nn
 
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
 
+Among: TypeAlias = Literal["quantize", "prune", "both"]
+"""What a goal may choose from: grids alone, sparse fp16 alone, or these and sparse grids."""
+
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _FORM = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(x|%|[kMG]B|[KMG]iB|B)\s*")
+_COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(x|%|[kMGT]?)\s*")
 
 
 @final
@@ -52,3 +57,63 @@ def target_bytes(target: str | int, fp32: int) -> int:
     if value <= 0:
         raise UsageError(f"a target must be more than zero, got {target!r}")
     return int(fp32 / value if unit == "x" else fp32 * value / 100 if unit == "%" else value * _UNITS[unit])
+
+
+def share_of(target: str | int, dense: int, what: str) -> int:
+    """What a target for MACs or BOPs allows: `0.5x` or `50%` of the dense network's, or a number such as `20M`.
+
+    >>> share_of("0.5x", 1000, "MACs"), share_of("12%", 1000, "MACs"), share_of("2k", 10_000, "MACs")
+    (500, 120, 2000)
+
+    Raises:
+        UsageError: another form, zero, or more than the dense network has.
+    """
+    match = _SHARE.fullmatch(str(target))
+    if match is None:
+        form = "a share such as 0.5x or 50%, or a number such as 20M"
+        raise UsageError(f"a target for {what} is {form}, got {target!r}")
+    value, unit = float(match[1]), match[2]
+    limit = value * dense if unit == "x" else value * dense / 100 if unit == "%" else value * _COUNTS[unit]
+    if not 0 < limit <= max(dense, 1):
+        raise UsageError(f"a target for {what} must be above zero and at most the dense {dense:,}, got {target!r}")
+    return int(limit)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What the compressed network may cost, and how it is found.
+
+    Args:
+        target: of the file, see `target_bytes`. macs, bops: see `share_of`; BOPs are MACs times the bits of both
+            factors.
+        among: what may be chosen from.
+        measurements: how many policies are measured, at most; by default as many as take about a minute or two.
+        front: measure policies of other sizes, too, for a picture of accuracy against bytes.
+    """
+
+    target: str | int | None = None
+    macs: str | int | None = None
+    bops: str | int | None = None
+    among: Among = "both"
+    measurements: int | None = None
+    front: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target is None and self.macs is None and self.bops is None:
+            raise UsageError("a goal needs a target for bytes, MACs or BOPs")
+        if self.among not in get_args(Among):
+            raise UsageError(f"among must be one of {', '.join(get_args(Among))}, got {self.among!r}")
+        if self.measurements is not None and not (type(self.measurements) is int and self.measurements > 0):
+            raise UsageError(f"measurements must be a whole number above 0, got {self.measurements!r}")
+        if self.target is not None:
+            target_bytes(self.target, 1 << 40)
+        for value, what in ((self.macs, "MACs"), (self.bops, "BOPs")):
+            if value is not None:
+                share_of(value, 1 << 60, what)
+
+    def limits(self, fp32: int, macs: int, bops: int) -> dict[str, int]:
+        """By budget, for a dense network of so many bytes, MACs and BOPs."""
+        found = {} if self.target is None else {"bytes": target_bytes(self.target, fp32)}
+        found |= {} if self.macs is None else {"macs": share_of(self.macs, macs, "MACs")}
+        return found | ({} if self.bops is None else {"bops": share_of(self.bops, bops, "BOPs")})

@@ -9,6 +9,7 @@ of a grouped convolution go at once; (5) entries that a pruning step removed are
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, final
 
 import torch
@@ -74,20 +75,28 @@ def quantize(
 ) -> tuple[Tensor, float]:
     """(codes (rows, cols) uint8, damping used) for w (rows, cols) under gram (blocks, cols, cols)."""
     blocks, cols, _ = gram.shape
-    power = gram.diagonal(dim1=1, dim2=2)
-    order = power.argsort(dim=1, descending=True, stable=True) if act_order else torch.arange(cols).expand(blocks, -1)
+    order, upper, used = _factored(gram, damp, act_order)
 
     def arranged(matrix: Tensor) -> Tensor:  # (blocks, rows, cols) in the order of solving
         return matrix.reshape(blocks, -1, cols).gather(2, order[:, None, :].expand(-1, matrix.shape[0] // blocks, -1))
 
-    shuffled = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
-    _, factor, used = damped_cholesky(shuffled, damp)
-    _, upper = inverse_factor(factor)
     scale, zero = (arranged(t) for t in points.entries())
     kept = torch.ones_like(scale, dtype=torch.bool) if keep is None else arranged(keep)
     codes = _feedback(arranged(w.double()), upper, scale, zero, kept, float(2**points.spec.bits - 1))
     back = order.argsort(dim=1)[:, None, :].expand_as(codes)
     return codes.gather(2, back).reshape(w.shape), used
+
+
+@lru_cache(maxsize=1)  # a layer is often solved on several grids, one after another
+def _factored(gram: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Tensor, float]:
+    """(order of the columns (blocks, cols), upper Cholesky factor of the inverse in that order, damping used)."""
+    blocks, cols, _ = gram.shape
+    power = gram.diagonal(dim1=1, dim2=2)
+    order = power.argsort(dim=1, descending=True, stable=True) if act_order else torch.arange(cols).expand(blocks, -1)
+    shuffled = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None, :].expand_as(gram))
+    _, factor, used = damped_cholesky(shuffled, damp)
+    _, upper = inverse_factor(factor)
+    return order, upper, used
 
 
 def _feedback(w: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, kept: Tensor, top: float) -> Tensor:

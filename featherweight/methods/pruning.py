@@ -181,7 +181,10 @@ class PruneQuantize:
         return f"{self.prune.label} + {self.quantize.label}"
 
     def solve(self, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
-        pruned = self.prune.prune(w, stats, found)
+        return self.stored(self.prune.prune(w, stats, found), w, stats)
+
+    def stored(self, pruned: Pruned, w: Tensor, stats: LayerStats) -> Solution:
+        """The solution for weights that `prune` has pruned."""
         solution = self.quantize.solve_kept(w, pruned.weights, stats, pruned.keep)
         assert isinstance(solution.weight, Sparse)
         weight = replace(solution.weight, form=patterns.mask_of(self.prune.pattern, stats.taps, stats.blocks))
@@ -201,8 +204,12 @@ class PruneQuantize:
 
 
 def solved(method: Pruner, w: Tensor, stats: LayerStats, found: Trace | None = None) -> Solution:
-    """The solution of a pruner alone: values in fp16 where that is exact enough."""
-    pruned = method.prune(w, stats, found)
+    """The solution of a pruner alone."""
+    return stored(method, method.prune(w, stats, found), w, stats)
+
+
+def stored(method: Pruner, pruned: Pruned, w: Tensor, stats: LayerStats) -> Solution:
+    """The solution for weights that `method` has pruned: values in fp16 where that is exact enough."""
     values = Dense(pruned.weights.to(float_type(pruned.weights[pruned.keep])))
     weight = Sparse(pruned.keep, values, patterns.mask_of(method.pattern, stats.taps, stats.blocks))
     padded = patterns.is_padded(method.pattern, w.shape[1], stats.taps)

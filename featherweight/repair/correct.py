@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.calls import Calls, Inputs, eager
-from featherweight.data import Batch, hooked, split, stacked
+from featherweight.data import SAMPLES, Batch, hooked, split, stacked
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
 from featherweight.repair.distance import DenseOutputs
@@ -62,13 +62,13 @@ class Reference:
     failed: str = ""
 
     @classmethod
-    def of(cls, dense: nn.Module, data: Sequence[Batch], units: Sequence[Unit]) -> "Reference":
-        """Three quarters of the data are used to correct, the rest to judge."""
+    def of(cls, dense: nn.Module, data: Sequence[Batch], units: Sequence[Unit], most: int = SAMPLES) -> "Reference":
+        """Three quarters of the data are used to correct, `most` samples at most, the rest to judge."""
         correcting, judging = split(data)
         outputs = DenseOutputs.of(dense, judging) if judging else None
         tracked = [n for n, m in dense.named_modules() if _is_tracked(m)]
         try:
-            stack, note = stacked(correcting, dense)
+            stack, note = stacked(correcting, dense, most)
             sites, found, correct = _batchnorm(dense, stack, tracked) if tracked else _mean(dense, stack, units)
         except (UsageError, RuntimeError) as error:  # a network that works on single batches may refuse a joined one
             return cls("none", outputs, _nothing, failed=f"the network does not accept joined batches: {error}"[:200])

@@ -1,0 +1,113 @@
+"""A compressed network in memory -> an Artifact, and how large its file is or will be."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.activations import ActivationGrid
+from featherweight.artifact import Artifact, FoldedNorm, StoredUnit
+from featherweight.artifact.schema import is_foldable
+from featherweight.artifact.write import to_bytes
+from featherweight.errors import UsageError
+from featherweight.layers import Scan
+from featherweight.methods import Method, Solution
+from featherweight.weights.base import float_type
+
+
+@torch.no_grad()
+def packed(
+    small: nn.Module,
+    found: Scan,
+    methods: dict[str, Method],
+    solutions: dict[str, Solution],
+    about: dict[str, Any],
+    grids: dict[str, ActivationGrid],
+) -> tuple[Artifact, dict[str, float]]:
+    """The artifact of an assembled network, and how its other tensors are stored: numbers in fp16, fp32 and other
+    types, and the largest relative error that fp16 made."""
+    units = tuple(
+        StoredUnit(
+            u.names,
+            u.view,
+            solutions[u.name].weight,
+            methods[u.name].label,
+            solutions[u.name].relative_error,
+            solutions[u.name].note,
+            grids.get(u.name),
+        )
+        for u in found.units
+    )
+    rest, norms = {}, []
+    taken: set[str] = {n for u in found.units for n in u.names}
+    facts = {"fp16": 0, "fp32": 0, "other": 0, "fp16_error": 0.0}
+
+    def stored(*tensors: Tensor) -> list[Tensor]:
+        dtype = torch.float16 if all(float_type(t) == torch.float16 for t in tensors) else torch.float32
+        if any((torch.isfinite(t) & ~torch.isfinite(t.float())).any() for t in tensors):
+            dtype = torch.float64  # beyond the range of fp32
+        facts[{torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, "other")] += sum(t.numel() for t in tensors)
+        for t in tensors:
+            if dtype == torch.float16 and t.numel() and (top := float(t.double().abs().max())) > 0:
+                facts["fp16_error"] = max(
+                    facts["fp16_error"], float((t.half().double() - t.double()).abs().max()) / top
+                )
+        return [t.detach().cpu().to(dtype) for t in tensors]
+
+    for name, module in _foldable(small):
+        scale, shift = stored(*_folded(module))
+        norms.append(FoldedNorm(name, scale, shift, float(module.eps)))
+        taken |= {f"{name}.{t}" for t in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    seen: set[int] = set()
+    for name, tensor in small.state_dict(keep_vars=True).items():
+        if name in taken or name.endswith(".num_batches_tracked") or id(tensor) in seen:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"the network's state has '{name}' of type {type(tensor).__name__}; only tensors can be kept"
+            )
+        seen.add(id(tensor))
+        if tensor.is_floating_point():
+            rest[name] = stored(tensor)[0]
+        else:
+            rest[name] = tensor.detach().cpu().contiguous()
+            facts["other"] += tensor.numel()
+    return Artifact(units, rest, tuple(norms), about), facts
+
+
+def _foldable(small: nn.Module) -> list[tuple[str, Any]]:
+    """BatchNorms whose tensors belong to nobody else, by their only name."""
+    names: dict[int, list[str]] = {}
+    uses: dict[int, int] = {}
+    for name, module in small.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for tensor in small.state_dict(keep_vars=True).values():
+        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    return [
+        (name, module)
+        for name, module in small.named_modules()
+        if is_foldable(module)
+        and len(names[id(module)]) == 1
+        and all(uses.get(id(t)) == 1 for t in (module.weight, module.bias, module.running_mean, module.running_var))
+    ]
+
+
+def _folded(module: Any) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a BatchNorm in eval mode, float64."""
+    scale = module.weight.double() / torch.sqrt(module.running_var.double() + module.eps)
+    return scale, module.bias.double() - module.running_mean.double() * scale
+
+
+def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method], wanted: dict[str, int]) -> int:
+    """Size of the whole file before anything is solved: the payload exactly where scales and other tensors fit fp16,
+    the header within a few bytes a weight."""
+    artifact, _ = packed(net, replace(found, units=()), {}, {}, {}, {})
+    names = {n for u in found.units for n in u.names}
+    rest = {n: t for n, t in artifact.rest.items() if n not in names}
+    other = len(to_bytes(replace(artifact, rest=rest)))
+    payload = sum(methods[u.name].storage(u.view.matrix_shape, u.taps, u.groups) for u in found.units)
+    header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
+    labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
+    header += 75 * sum(bits > 0 for bits in wanted.values())
+    return other + payload + header + labels + 200
