@@ -24,7 +24,7 @@ from featherweight.pipeline import Compressed, compress, plan
 from featherweight.recipe import Override, Recipe, read_recipe
 from featherweight.report import Report
 from featherweight.stats import capture
-from featherweight.target import target_bytes
+from featherweight.target import Goal, target_bytes
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Compressed",
     "FeatherweightError",
     "FormatError",
+    "Goal",
     "Gptq",
     "GridSpec",
     "InfeasibleError",

@@ -15,7 +15,7 @@ from torch import nn
 
 from featherweight.activations import ActivationGrid
 from featherweight.artifact.write import to_bytes
-from featherweight.candidates import FLOAT, Candidate, forms, refined, solve_candidates
+from featherweight.candidates import FLOAT, Candidate, forms, solve_candidates
 from featherweight.data import Batch, split
 from featherweight.database import Database
 from featherweight.errors import InfeasibleError, UsageError
@@ -31,9 +31,11 @@ from featherweight.target import Baselines, Goal
 
 MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
 SETTLING = 4  # times that the size of everything but the weights is looked at again
-EFFORT = 3e12  # multiply-adds that the search may spend on measuring policies
-SECONDS = 100  # that this takes, about
-MOST, LEAST = 200, 12  # policies that it measures
+EFFORT = 2e12  # multiply-adds that the search may spend on measuring policies
+SECONDS = 60  # that this takes, about
+MOST, LEAST = 80, 12  # policies that it measures
+FAR = 2.0  # times the distance: less may be chance, as the network has been trained on such data
+NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs"}
 POINTS = 8  # policies of the front that are measured
 CORRECTING = 256  # samples that a measured policy is corrected on
 
@@ -100,7 +102,7 @@ class Allocator:
         """By budget, bytes being those of the whole file but for a few."""
         taken = self.taken(choices)
         solutions = {name: c.solution for name, c in taken.items()}
-        methods = {name: refined(c.method) for name, c in taken.items()}
+        methods = {name: c.final for name, c in taken.items()}
         artifact, _ = packed(self.net, self.found, methods, solutions, self.about, self.grids)
         size = len(to_bytes(artifact))
         return {
@@ -140,8 +142,10 @@ class Allocator:
         menus = self.menus(budgets)
         for b, least in self.floor(budgets).items():
             if limits[b] < least:
-                what = "file has" if b == "bytes" else f"number of {b.upper()} is"
-                raise InfeasibleError(f"the target of {limits[b]:,} {b}: the smallest reachable {what} {least:,} {b}")
+                unit = NAMES[b]
+                what = "file has" if b == "bytes" else f"number of {unit} is"
+                least = f"{least:,} bytes" if b == "bytes" else f"{least:,}"
+                raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {what} {least}")
         if "bytes" not in limits:
             return Task(menus, tuple(limits.values()))
         choices, task = self.cheapest("bytes"), None
@@ -172,8 +176,7 @@ def effort(macs: int, samples: int) -> int:
 
 def chosen(allocator: Allocator, choices: Choices) -> tuple[Chosen, ...]:
     return tuple(
-        Chosen(name, refined(c.method).label, c.bytes, c.macs, c.bops, c.rise)
-        for name, c in allocator.taken(choices).items()
+        Chosen(name, c.final.label, c.bytes, c.macs, c.bops, c.rise) for name, c in allocator.taken(choices).items()
     )
 
 
@@ -220,7 +223,7 @@ class Stage:
     @property
     def methods(self) -> dict[str, Method]:
         """The best forms of the chosen methods, by unit name."""
-        return {name: refined(c.method) for name, c in self.allocator.taken(self.choices).items()}
+        return {name: c.final for name, c in self.allocator.taken(self.choices).items()}
 
     @property
     def first_methods(self) -> dict[str, Method]:
@@ -237,9 +240,10 @@ class Stage:
         return self.allocator.costs(self.choices)["bytes"] + MARGIN
 
     def beats(self, outcome: Repair) -> bool:
-        """Whether the candidates themselves were measured to be closer to the dense outputs than what came of it."""
+        """Whether the candidates themselves were measured to be far closer to the dense outputs than what came of
+        it."""
         after = outcome.after if outcome.applied else outcome.before
-        return self.outcome.measured is not None and after is not None and self.outcome.measured < after
+        return self.outcome.measured is not None and after is not None and FAR * self.outcome.measured < after
 
     def tighter(self, bytes_over: int) -> "Stage":
         """With so many bytes less for the file: by the score, nothing is measured again.
@@ -273,7 +277,7 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         for u in units
     }
     candidates = solve_candidates(
-        net, units, setting.stats, scores, tried, setting.input_bits, count, setting.store, progress
+        net, units, setting.stats, scores, tried, setting.fixed, setting.input_bits, count, setting.store, progress
     )
     allocator = Allocator(net, setting.found, candidates, setting.grids, setting.about)
     macs = sum(_dense_macs(u, setting.stats[u.name], count) for u in units)
@@ -286,8 +290,11 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     else:
         most = goal.measurements or effort(macs, sum(b.size for b in judging) + CORRECTING)
         found = search(task, judge, most, lambda done, total: progress("search", done, total) is None)
-        choices, first, measured = found.choices, found.first, found.loss
+        known = math.isfinite(found.loss)
+        choices, first, measured = found.choices, found.first if known else None, found.loss if known else None
         policies, trust = found.measured, np.array(found.trust)
+    if samples and measuring and measured is None:
+        what += "; outputs cannot be compared, so no policy was measured"
     points = _front(allocator, judge, setting.evaluate, next(iter(limits))) if goal.front else ()
     outcome = Allocation(
         chosen(allocator, choices),
@@ -297,9 +304,7 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         first,
         measured,
         policies,
-        what
-        if judge is not None or not (samples and measuring)
-        else f"{what}; outputs cannot be compared, so no policy was measured",
+        what,
         points,
     )
     return Stage(allocator, limits, task, choices, trust, outcome)
@@ -343,7 +348,7 @@ def _front(
     if judge is not None:
         for i in spread(points):
             choices, point = points[i]
-            measured = judge(choices)
+            measured = float(judge(choices).mean())
             metrics = None if evaluate is None else evaluate(judge.network(choices))
             points[i] = choices, replace(point, measured=measured, metrics=metrics)
     return tuple(point for _, point in points)

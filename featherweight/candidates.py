@@ -4,8 +4,8 @@ Candidates are solved by the fast forms of the methods (GPTQ, ExactOBS): their d
 solved again by the best ones, see `refined`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -22,7 +22,6 @@ from featherweight.methods import (
     Method,
     Obq,
     Obs,
-    Prune,
     PruneQuantize,
     Rtn,
     Solution,
@@ -43,11 +42,13 @@ FLOAT = 32  # bits that a multiplication counts where a factor is not on a grid
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """A solved form of one weight. bytes: its payload. macs, bops: of the layer for one sample, rows and input channels
-    without any weight left out; bops are multiplied by the bits of both factors, 32 for floats. rise: the predicted
-    distance to the dense outputs, if no other weight were changed."""
+    """A solved form of one weight. final: the method it is solved with again if it is chosen. bytes: its payload. macs,
+    bops: of the layer for one sample, rows and input channels without any weight left out; bops are multiplied by the
+    bits of both factors, 32 for floats. rise: the predicted distance to the dense outputs, if no other weight were
+    changed."""
 
     method: Method
+    final: Method
     solution: Solution
     bytes: int
     macs: int
@@ -71,14 +72,12 @@ def forms(unit: Unit, among: Among, with_data: bool = True) -> list[Method]:
 
 
 def refined(method: Method) -> Method:
-    """The best form of a candidate's method, which takes longer and stores as much."""
+    """The better form of a candidate's method, which takes longer and stores as much."""
     match method:
         case Gptq():
             return Obq(method.grid)
-        case Obs():
-            return Prune(method.pattern)
-        case PruneQuantize(prune=Obs() as prune, quantize=Gptq() as quantize):
-            return PruneQuantize(Prune(prune.pattern), Obq(quantize.grid))
+        case PruneQuantize(quantize=Gptq() as quantize):
+            return replace(method, quantize=Obq(quantize.grid))
     return method
 
 
@@ -88,6 +87,7 @@ def solve_candidates(
     stats: Mapping[str, LayerStats],
     sensitivity: Sensitivity | None,
     methods: Mapping[str, Sequence[Method]],
+    fixed: Collection[str],
     input_bits: Mapping[str, int],
     samples: int,
     store: Database,
@@ -96,7 +96,8 @@ def solve_candidates(
     """Candidates by unit name, those left out that another one beats in bytes, MACs, BOPs and rise.
 
     Args:
-        methods: what is tried, by unit name, see `forms`.
+        methods: what is tried, by unit name, see `forms`. fixed: units whose methods are taken as they are, not
+            `refined`.
         sensitivity: predicts the rises; None, or for a unit that it misses, the relative layer error stands for it.
         input_bits: of the units' inputs, missing or 0 for floats. samples: how many the statistics are of.
     """
@@ -120,7 +121,8 @@ def solve_candidates(
                 rise = solution.relative_error
             macs = round(positions * live(solution.weight, unit))
             bops = macs * weight_bits(solution.weight) * (input_bits.get(unit.name, 0) or FLOAT)
-            rows.append(Candidate(method, solution, solution.weight.bits() // 8, macs, bops, rise))
+            final = method if unit.name in fixed else refined(method)
+            rows.append(Candidate(method, final, solution, solution.weight.bits() // 8, macs, bops, rise))
             done += 1
             progress("candidates", done, total)
         found[unit.name] = rows

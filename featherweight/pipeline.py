@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -256,8 +256,9 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
     """
     found = scan(net, recipe.include, recipe.exclude)
     if goal is None:
-        packed(net, replace(found, units=()), {}, {}, {}, {})  # refuses what no file can hold
-        return found, assign(recipe, found)
+        methods = assign(recipe, found)
+        predicted_bytes(net, found, methods, input_bits(recipe, found))  # refuses what no file can hold
+        return found, methods
     fixed, methods = overridden(recipe, found), {}
     for unit in found.units:
         tried = [fixed[unit.name]] if unit.name in fixed else forms(unit, goal.among, with_data)

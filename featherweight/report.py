@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from featherweight.activations import FloatInput
-from featherweight.allocate import Allocation
+from featherweight.allocate import NAMES, Allocation
 from featherweight.artifact import Artifact
 from featherweight.layers import LeftAlone
 from featherweight.repair import Repair
@@ -166,7 +166,7 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
     used["bytes"] = file_bytes
     lines = []
     for budget, limit in allocation.limits.items():
-        what = budget if budget == "bytes" else budget.upper()
+        what = NAMES[budget]
         share, least = used[budget] / max(limit, 1), allocation.floor[budget]
         full = "" if share >= FULL else ": no candidate that fits in what is left would help"
         lines.append(

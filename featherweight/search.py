@@ -3,11 +3,12 @@
 Stage one of the unified two-stage framework (Pattern Recognition 140, 2023; MPQCO, 2110.06554): a second-order score
 of every candidate and a multiple-choice knapsack. Its prediction of a whole policy is checked, not trusted: the chosen
 weights are put in place, statistics are corrected in order, and the distance to the dense outputs is measured on
-samples that no solve has seen. Where we differ: (1) the knapsack is solved exactly; (2) the score is then calibrated in
-place: for each unit, one step up is measured against what the score promised, and the knapsack is solved again with the
-corrected promises (after the learned layer coefficients of SPDY, Frantar and Alistarh, 2201.13096, which are found by
-random search); (3) at last moves between two units are tried, the most promising first, and kept where the measured
-distance falls. Only measured policies are ever taken, so the best so far is valid at any time.
+samples that no solve has seen. Another policy takes its place only where that falls by more than chance. Where we
+differ: (1) the knapsack is solved exactly; (2) the score is then calibrated in place: for each unit, one step up is
+measured against what the score promised, and the knapsack is solved again with the corrected promises (after the
+learned layer coefficients of SPDY, Frantar and Alistarh, 2201.13096, which are found by random search); (3) at last
+moves between two units are tried, the most promising first. Only measured policies are ever taken, so the best so far
+is valid at any time.
 """
 
 import copy
@@ -29,7 +30,8 @@ from featherweight.repair.correct import Reference
 
 Choices: TypeAlias = tuple[int, ...]
 TRUST = 4.0  # a unit's score is corrected by at most this factor, up or down
-ENOUGH = 0.998  # of the distance: what falls less may be noise
+SURE = 2.0  # standard errors: of a hundred measured policies the lowest is often so by chance
+ENOUGH = 0.998  # of the distance: what falls less is not worth the change
 TRIES = 1  # moves without success in a row, for each unit
 
 
@@ -57,10 +59,11 @@ class Judge:
         self._rest = {n: t.clone() for n, t in state.items() if isinstance(t, Tensor) and n not in parameters}
         self._placed: list[int | None] = [None] * len(units)
 
-    def __call__(self, choices: Choices) -> float:
+    def __call__(self, choices: Choices) -> np.ndarray:
+        """Numbers whose mean is the distance, see `DenseOutputs.parts`; infinity where outputs cannot be compared."""
         assert self._reference.outputs is not None
-        lost = self._reference.outputs.distance(self.network(choices))
-        return lost if np.isfinite(lost) else np.inf
+        parts = self._reference.outputs.parts(self.network(choices))
+        return np.array([np.inf]) if parts is None else np.nan_to_num(parts.numpy(), nan=np.inf)
 
     def network(self, choices: Choices) -> nn.Module:
         """The network with these candidates in place, corrected: valid until the next call."""
@@ -117,17 +120,22 @@ class Task:
 
 
 def search(
-    task: Task, judge: Callable[[Choices], float], most: int, on_measured: Callable[[int, int], bool] = lambda *_: True
+    task: Task,
+    judge: Callable[[Choices], np.ndarray],
+    most: int,
+    on_measured: Callable[[int, int], bool] = lambda *_: True,
 ) -> Found:
     """Improve the score's policy with at most `most` measured ones, or until nothing helps.
 
     Args:
+        judge: the loss of a policy as numbers whose mean it is, the same samples behind each; one policy replaces
+            another where the mean of their differences is SURE standard errors above zero.
         on_measured: told how many were measured, of how many; false ends the search.
     """
-    measured: dict[Choices, float] = {}
+    measured: dict[Choices, np.ndarray] = {}
     over = False
 
-    def loss_of(choices: Choices) -> float:
+    def parts_of(choices: Choices) -> np.ndarray:
         nonlocal over
         if choices not in measured:
             measured[choices] = judge(choices)
@@ -136,34 +144,46 @@ def search(
 
     hulls = [hull(Menu(m.costs[:, :1], m.losses)) for m in task.menus]
     best = task.solve()
-    first = loss = loss_of(best)
+    first = float(parts_of(best).mean())
     trust = np.ones(len(task.menus))
     while not over and len(measured) + len(hulls) < most:  # calibrate the score around the best policy, solve again
         for i, menu in enumerate(task.menus):
             up = _next(menu, hulls[i], best[i], +1)
             if up is not None and not over:
                 promised = menu.losses[best[i]] - menu.losses[up]
-                kept = (loss - loss_of(_with(best, i, up))) / promised
-                trust[i] = np.clip(kept, 1 / TRUST, TRUST)
+                gain, error = _gain(parts_of(best), parts_of(_with(best, i, up)))
+                known = promised**2 / (promised**2 + error**2)  # what cannot be told from chance counts little
+                trust[i] = np.clip(1 + known * (gain / promised - 1), 1 / TRUST, TRUST)
         again = task.solve(trust)
-        if over or loss_of(again) >= loss * ENOUGH:
+        if over or not _is_lower(parts_of(again), parts_of(best)):
             break
-        best, loss = again, loss_of(again)
+        best = again
     failures = 0
     while not over and failures < TRIES * len(hulls):
         moves = [m for m in _moves(task, hulls, trust, best) if m not in measured]
         failures = failures if moves else TRIES * len(hulls)
         for move in moves:
-            if loss_of(move) < loss * ENOUGH:
-                best, loss, failures = move, loss_of(move), 0
+            if _is_lower(parts_of(move), parts_of(best)):
+                best, failures = move, 0
                 break
             failures += 1
             if over or failures >= TRIES * len(hulls):
                 break
-    for choices in measured:  # the probes for calibration go beyond the limits, but not all
-        if measured[choices] < loss and task.fits(choices):
-            best, loss = choices, measured[choices]
-    return Found(best, loss, first, tuple(trust.tolist()), len(measured))
+    return Found(best, float(parts_of(best).mean()), first, tuple(trust.tolist()), len(measured))
+
+
+def _gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """How much lower the mean is after, and the standard error of that."""
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        return 0.0, np.inf
+    differences = before - after
+    count = len(differences)
+    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0
+
+
+def _is_lower(after: np.ndarray, before: np.ndarray) -> bool:
+    gain, error = _gain(before, after)
+    return gain > max(SURE * error, (1 - ENOUGH) * float(before.mean()))
 
 
 def _with(choices: Choices, unit: int, choice: int) -> Choices:

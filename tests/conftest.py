@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from featherweight.cli import main
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 torch.set_num_threads(1)  # small problems: threads cost more than they give, above all beside other work
@@ -22,3 +24,16 @@ def zoo():
     finally:
         sys.path.remove(str(SHARED))
     return zoo
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+
+    def runner(*args: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in args])
+        got = capsys.readouterr()
+        assert "Traceback" not in got.err + got.out
+        return code, got.out, got.err
+
+    return runner

@@ -16,19 +16,6 @@ NETS = str(Path(__file__).with_name("nets.py"))
 MAKE, DATA, TEST = f"{NETS}:tiny", f"{NETS}:images", f"{NETS}:test_images"
 
 
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: (exit code, standard output, standard error)."""
-
-    def runner(*args: object) -> tuple[int, str, str]:
-        code = main([str(a) for a in args])
-        got = capsys.readouterr()
-        assert "Traceback" not in got.err + got.out
-        return code, got.out, got.err
-
-    return runner
-
-
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
     path = tmp_path_factory.mktemp("compressed") / "small.fw"

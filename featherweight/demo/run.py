@@ -15,9 +15,10 @@ from featherweight.layers import scan
 from featherweight.methods import GridSpec, Obq, Obs, PruneQuantize, Unstructured
 from featherweight.metrics import accuracy
 from featherweight.pipeline import compress
-from featherweight.target import baselines
+from featherweight.target import Goal, baselines
 
 TARGETS = ("3.7x", "5x", "6x", "8x", "12x")
+MEASUREMENTS = 10
 
 
 @final
@@ -36,14 +37,16 @@ def demo(progress: Callable[[str, int, int], None]) -> list[DemoRow]:
     model, calibration, test = digits.make(), digits.calibration(), batches(digits.test())
     base = baselines(model, scan(model).units)
     rows = [DemoRow("fp32", base.fp32, 1.0, accuracy(model, test)["top1"])]
-    asked: list[tuple[str, dict[str, Any]]] = [(f"--target {t}", {"target": t}) for t in TARGETS]
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (f"--target {t}", {"target": Goal(t, measurements=MEASUREMENTS)}) for t in TARGETS
+    ]
     joint = PruneQuantize(Obs(Unstructured(0.5)), Obq(GridSpec(4)))
     asked.append((joint.label, {"method": joint}))
     with tempfile.TemporaryDirectory() as folder:
         for i, (what, how) in enumerate(asked):
             progress("compress", i, len(asked))
             path = Path(folder) / "digits.fw"
-            size = compress(model, calibration, **how).save(path)
+            size = compress(model, calibration, database=Path(folder) / "solved", **how).save(path)
             read_back = load(path, into=digits.make())
             rows.append(DemoRow(what, size, base.fp32 / size, accuracy(read_back, test)["top1"]))
         progress("compress", len(asked), len(asked))

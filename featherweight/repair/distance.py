@@ -53,27 +53,36 @@ class DenseOutputs:
                 return cls(dense, data, None)
         return cls(dense, data, kept)
 
-    @torch.no_grad()
     def distance(self, model: nn.Module) -> float:
         """Mean over the data of the divergence KL(dense || model) of the class probabilities where the data have class
         labels and the output is one score a class; elsewhere of the squared difference of all outputs, relative to
         the squared dense outputs. The labels' values are not used. NaN where the two cannot be compared: no output is
         a tensor of real numbers, or the shapes differ (detectors find another number of boxes)."""
+        parts = self.parts(model)
+        return math.nan if parts is None else float(parts.mean())
+
+    @torch.no_grad()
+    def parts(self, model: nn.Module) -> Tensor | None:
+        """Numbers whose mean is the distance, float64: one a sample where the data have class labels, one a batch
+        elsewhere. None where the two cannot be compared."""
         device = device_of(model)
-        lost, whole = 0.0, 0.0
+        lost: list[Tensor] = []
+        whole = 0.0
         for i, batch in enumerate(self.data):
             here = batch.to(device)
             want = list(outputs(here.run(self.dense))) if self.kept is None else self.kept[i]
             got = list(outputs(here.run(model)))
             if not want or [t.shape for t in want] != [t.shape for t in got]:
-                return math.nan
+                return None
             whole += energy(want, batch.target)
             if is_classification(want, batch.target):
                 log_p, log_q = want[0].double().log_softmax(1), got[0].double().log_softmax(1)
-                lost += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+                lost.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1).cpu())
             else:
-                lost += sum(float((g.double() - w.double()).square().sum()) for g, w in zip(got, want, strict=True))
-        return lost / whole if whole > 0 else lost
+                each = [(g.double() - w.double()).square().sum() for g, w in zip(got, want, strict=True)]
+                lost.append(torch.stack(each).sum().cpu().reshape(1))
+        parts = torch.cat(lost)
+        return parts * len(parts) / whole if whole > 0 else parts
 
 
 def output_distance(dense: nn.Module, model: nn.Module, data: Sequence[Batch]) -> float:

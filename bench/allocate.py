@@ -1,0 +1,268 @@
+"""How well a policy's accuracy is predicted, and what one budget for the whole network gains.
+
+    python -m bench.allocate prediction [--only resnet20_cifar10] [--policies 40]
+    python -m bench.allocate targets [--only resnet20_cifar10]
+
+`prediction`: random policies, every layer at a random rate; three predictions of each (the sum of the second-order
+scores; the distance to the dense outputs on held-out calibration images, before and after BatchNorm is corrected)
+against the accuracy over the whole test set after the correction: Spearman correlations and a scatter plot.
+
+`targets`: the files of `compress --target` by what may be chosen from, and the largest uniform setting that is not
+larger, each read back in a fresh process. Both write to bench/results/allocate.json and .md.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from featherweight.allocate import CORRECTING
+from featherweight.candidates import solve_candidates
+from featherweight.data import batches, split
+from featherweight.database import Database
+from featherweight.layers import scan
+from featherweight.methods import Gptq, GridSpec, Method, Obs, PruneQuantize, Unstructured
+from featherweight.metrics import accuracy
+from featherweight.repair.correct import Reference
+from featherweight.search import Judge
+from featherweight.sensitivity import sensitivity
+from featherweight.stats import capture
+
+RESULTS = Path(__file__).parent / "results"
+PREDICTED = {
+    "resnet20_cifar10": ("cifar10_calibration", "cifar10_test"),
+    "resnet20_cifar100": ("cifar100_calibration", "cifar100_test"),
+}
+PREDICTIONS = ("second-order sum", "held-out distance", "held-out distance, BatchNorm corrected")
+TARGETS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
+    "resnet20_cifar10": (
+        "cifar10_calibration",
+        "cifar10_test",
+        ("8x", "10x", "12x"),
+        (
+            "--bits 2",
+            "--sparsity 0.5 --bits 3 --method obs",
+            "--bits 3 --group 0",
+            "--bits 3",
+            "--sparsity 0.5 --bits 4 --method obs",
+        ),
+    ),
+    "resnet20_cifar100": (
+        "cifar100_calibration",
+        "cifar100_test",
+        ("8x", "10x"),
+        ("--bits 3 --group 0", "--bits 3", "--sparsity 0.5 --bits 4 --method obs"),
+    ),
+    "lstm_speech": (
+        "speech_calibration",
+        "speech_test",
+        ("8x",),
+        ("--bits 3", "--sparsity 0.5 --bits 4 --method obs", "--sparsity 0.5 --bits 5 --method obs"),
+    ),
+    "efficientnet_lite0": (
+        "imagenet_calibration",
+        "imagenet_val",
+        ("7.5x", "9x", "10x"),
+        ("--bits 3 --group 256", "--sparsity 0.5 --bits 4 --method obs --group 256", "--bits 4 --group 256"),
+    ),
+}
+AMONG = ("both", "quantize", "prune")
+
+
+def zoo(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("zoo", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rates(with_pairs: bool) -> list[Method]:
+    """From coarse to fine."""
+    grids: list[Method] = [Gptq(GridSpec(b)) for b in (2, 3, 4, 5)]
+    pairs: list[Method] = [PruneQuantize(Obs(Unstructured(0.5)), Gptq(GridSpec(b))) for b in (3, 4)]
+    return [grids[0], *pairs[:1], grids[1], *pairs[1:], *grids[2:]] if with_pairs else grids
+
+
+@torch.no_grad()
+def prediction(net: nn.Module, data: Any, test: Any, policies: int, seed: int = 0) -> list[dict[str, float]]:
+    """A line a policy. Each has a rate of its own around which its layers' rates vary."""
+    samples, units = batches(data), scan(net).units
+    solving, _ = split(samples)
+    stats = capture(net, solving, units)
+    scores = sensitivity(net, solving, units)
+    methods = rates(with_pairs=True)
+    count = sum(b.size for b in solving)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Database.at(Path(folder) / "solved")
+        candidates = {}
+        for unit in units:  # one method at a time, so that none is left out as worse than another
+            tried = [
+                solve_candidates(net, [unit], stats, scores, {unit.name: [m]}, (), {}, count, store, lambda *_: None)
+                for m in methods
+            ]
+            candidates[unit.name] = tuple(found[unit.name][0] for found in tried)
+    reference = Reference.of(net, samples, units, most=CORRECTING)
+    plain = Judge(net, reference, units, candidates, {}, correcting=False)
+    corrected = Judge(net, reference, units, candidates, {})
+    tested = batches(test, 500)
+    random = np.random.default_rng(seed)
+    lines = []
+    for k in range(policies):
+        middle = random.uniform(0, len(methods) - 1)
+        drawn = np.clip(np.rint(random.normal(middle, 1.2, len(units))), 0, len(methods) - 1)
+        choices = tuple(int(c) for c in drawn)
+        taken = [candidates[u.name][c] for u, c in zip(units, choices, strict=True)]
+        line = {
+            "bytes": float(sum(c.bytes for c in taken)),
+            PREDICTIONS[0]: sum(c.rise for c in taken),
+            PREDICTIONS[1]: float(plain(choices).mean()),
+            PREDICTIONS[2]: float(corrected(choices).mean()),
+        }
+        line["top1"] = accuracy(corrected.network(choices), tested)["top1"]
+        lines.append(line)
+        print(k, {name: round(value, 4) for name, value in line.items()}, flush=True)
+    return lines
+
+
+def correlations(lines: list[dict[str, float]]) -> dict[str, float]:
+    """Spearman's, between a prediction of the distance and the accuracy lost."""
+    lost = [-x["top1"] for x in lines]
+    return {p: float(spearmanr([x[p] for x in lines], lost).statistic) for p in PREDICTIONS}  # pyright: ignore
+
+
+def scatter(found: dict[str, list[dict[str, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4 * len(found)), layout="constrained")
+    grid = figure.subplots(len(found), len(PREDICTIONS), squeeze=False)
+    for row, (network, lines) in zip(grid, found.items(), strict=True):
+        known = correlations(lines)
+        for axes, name in zip(row, PREDICTIONS, strict=True):
+            axes.scatter([x[name] for x in lines], [x["top1"] for x in lines], s=16)
+            axes.set_xscale("log")
+            axes.set_xlabel(name)
+            axes.set_title(f"{network}: {known[name]:.3f}", fontsize=10)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("top-1 %, whole test set")
+    figure.savefig(path, dpi=110)
+
+
+def command(zoo_file: Path, network: str, settings: str, file: Path, database: Path) -> dict[str, Any]:
+    """The command's own JSON, and its wall time."""
+    calibration, test, *_ = TARGETS[network]
+    line = [sys.executable, "-m", "featherweight", "compress", f"{zoo_file}:{network}", "-o", str(file), "--json"]
+    line += ["--data", f"{zoo_file}:{calibration}", "--test", f"{zoo_file}:{test}", *settings.split()]
+    line += ["--database", str(database)] + (["--batch-size", "32"] if network == "efficientnet_lite0" else [])
+    start = time.perf_counter()
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)}\n{done.stderr}")
+    found = json.loads(done.stdout)
+    return {
+        "network": network,
+        "settings": settings,
+        "fp32_bytes": found["baselines"]["fp32"],
+        "file_bytes": found["file_bytes"],
+        "top1": round(found["after"]["top1"], 2),
+        "dense": round(found["before"]["top1"], 2),
+        "compress_s": round(sum(found["seconds"].values()), 1),
+        "wall_s": round(time.perf_counter() - start, 1),
+        "reused": found["reused"],
+    }
+
+
+def targets(zoo_file: Path, network: str) -> list[dict[str, Any]]:
+    """Every target with everything to choose from, with grids alone and with pruning alone; then uniform settings. The
+    first run finds an empty database, the later ones what it solved."""
+    *_, wanted, uniform = TARGETS[network]
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        file, database = Path(folder) / "small.fw", Path(folder) / "solved"
+        for target in wanted:
+            for among in AMONG:
+                found = command(zoo_file, network, f"--target {target} --among {among}", file, database)
+                lines.append(found | {"target": target, "among": among})
+                print(lines[-1], flush=True)
+        for settings in uniform:
+            for order in ("", " --sequential"):
+                found = command(zoo_file, network, settings + order, file, database)
+                lines.append(found | {"target": None, "among": "uniform"})
+                print(lines[-1], flush=True)
+    return lines
+
+
+def tables(content: dict[str, Any]) -> str:
+    """Markdown."""
+    rows = []
+    if content.get("prediction"):
+        rows += ["Spearman correlation between prediction and accuracy lost, over random policies:", ""]
+        rows += ["| network | policies | top-1 | " + " | ".join(PREDICTIONS) + " |", "|---|--:|---|--:|--:|--:|"]
+        for network, lines in content["prediction"].items():
+            known, top1 = correlations(lines), [x["top1"] for x in lines]
+            cells = " | ".join(f"{known[p]:.3f}" for p in PREDICTIONS)
+            rows.append(f"| {network} | {len(lines)} | {min(top1):.1f} to {max(top1):.1f} | {cells} |")
+        rows += ["", "![every policy](prediction.png)", ""]
+    if content.get("targets"):
+        rows += ["Files of `compress --target`, and of the best uniform setting that is not larger:", ""]
+        rows += ["| network | target | both | grids alone | pruning alone | best uniform | bytes of these | time |"]
+        rows += ["|---|--:|--:|--:|--:|--:|---|--:|"]
+        for network, lines in content["targets"].items():
+            for target in dict.fromkeys(x["target"] for x in lines if x["target"]):
+                own = {x["among"]: x for x in lines if x["target"] == target}
+                limit = own["both"]["fp32_bytes"] / float(target.removesuffix("x"))
+                fitting = [x for x in lines if x["among"] == "uniform" and x["file_bytes"] <= limit]
+                best = max(fitting, key=lambda x: x["top1"], default=None)
+                four = [own[a] for a in AMONG] + ([best] if best else [])
+                cells = [f"{x['top1']:.2f}" for x in four] + ["-"] * (4 - len(four))
+                note = f" (`{best['settings'].strip()}`)" if best else ""
+                sizes = ", ".join(f"{x['file_bytes']:,}" for x in four)
+                rows.append(
+                    f"| {network} ({own['both']['dense']:.2f}) | {target} | {' | '.join(cells)}{note} | {sizes} | "
+                    f"{own['both']['compress_s']:.0f} s |"
+                )
+        rows += [
+            "",
+            "The first target of a network starts with an empty database, the others find its solved candidates.",
+        ]
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("prediction", "targets"))
+    parser.add_argument("--only", action="append")
+    parser.add_argument("--policies", type=int, default=48)
+    parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
+    options = parser.parse_args()
+    store = RESULTS / "allocate.json"
+    content: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    content["machine"] = f"{os.cpu_count()} cores, torch {torch.__version__}"
+    known = content.setdefault(options.part, {})
+    for network in options.only or (PREDICTED if options.part == "prediction" else TARGETS):
+        if options.part == "prediction":
+            module, (data, test) = zoo(options.zoo), PREDICTED[network]
+            net = getattr(module, network)().requires_grad_(False)
+            known[network] = prediction(net, getattr(module, data)(), getattr(module, test)(), options.policies)
+        else:
+            known[network] = targets(options.zoo, network)
+        store.write_text(json.dumps(content, indent=1) + "\n")
+        (RESULTS / "allocate.md").write_text(tables(content))
+    if options.part == "prediction":
+        scatter(known, RESULTS / "prediction.png")
+
+
+if __name__ == "__main__":
+    main()

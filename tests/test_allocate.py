@@ -1,0 +1,227 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import featherweight as fw
+from featherweight.candidates import forms, live, weight_bits
+from featherweight.data import batches
+from featherweight.demo import digits
+from featherweight.errors import InfeasibleError, UsageError
+from featherweight.layers import scan
+from featherweight.methods import Gptq, GridSpec, Obq, Obs, PruneQuantize, Rows, Rtn, Unstructured
+from featherweight.recipe import Override, Recipe
+from featherweight.stats import LayerStats
+from featherweight.target import Goal, share_of
+from tests.nets import images, tiny
+
+
+def goal(target: str | int | None = "6x", **settings) -> Goal:
+    return Goal(target, **{"measurements": 4} | settings)
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """A database that all tests of the digits network share."""
+    return tmp_path_factory.mktemp("allocate") / "solved"
+
+
+def compressed(solved, target: Goal, **settings) -> fw.Compressed:
+    return fw.compress(digits.make(), digits.calibration(), target=target, database=solved, **settings)
+
+
+@pytest.mark.parametrize("target", ["5x", "8x", 12_000])
+def test_a_file_is_at_most_its_target_and_nearly_all_of_it(solved, target):
+    small = compressed(solved, goal(target))
+    limit = fw.target_bytes(target, small.report.baselines.fp32)
+    assert 0.95 * limit <= small.report.file_bytes <= limit
+    found = small.report.allocation
+    assert found.limits == {"bytes": limit}
+    assert [c.name for c in found.chosen] == [r.name for r in small.report.rows]
+    assert [c.method for c in found.chosen] == [r.method for r in small.report.rows]
+    assert [c.bytes for c in found.chosen] == [r.bytes for r in small.report.rows]
+    assert 1 <= found.policies <= 4
+    assert found.measured <= found.first
+    assert found.predicted == pytest.approx(sum(c.rise for c in found.chosen))
+
+
+def test_the_same_call_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        fw.compress(tiny(), images(), target=goal(1700)).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_second_target_solves_no_candidate_again(solved, monkeypatch):
+    compressed(solved, goal("5x"))
+    with monkeypatch.context() as context:
+        context.setattr(Gptq, "solve", lambda *_: pytest.fail("solved again"))
+        context.setattr(PruneQuantize, "stored", lambda *_: pytest.fail("solved again"))
+        fw.plan(digits.make(), digits.calibration(), target="9x", database=solved)
+
+
+@pytest.mark.parametrize(("among", "word"), [("quantize", "obq"), ("prune", "obs")])
+def test_what_may_be_chosen_from(solved, among, word):
+    target = "5x" if among == "prune" else "8x"
+    rows = compressed(solved, goal(target, among=among)).report.rows
+    assert all(r.method.startswith(word) and "+" not in r.method for r in rows)
+
+
+def test_overrides_hold_under_a_target(solved):
+    recipe = Recipe(Obq(GridSpec(4)), (Override("fc.*", Gptq(GridSpec(8))),))
+    small = fw.compress(tiny(), images(), recipe=recipe, target=goal(1900))
+    assert {r.name: r.method for r in small.report.rows}["fc.weight"] == "gptq 8 bit"
+
+
+def test_bops_are_counted_and_kept():
+    model, data = tiny(), images()
+    small = fw.compress(model, data, target=goal(None, bops="0.1x"))
+    found = small.report.allocation
+    positions = {"conv1.weight": 64, "conv2.weight": 9, "fc.weight": 1}
+    units = {u.name: u for u in scan(model).units}
+    dense = sum(positions[n] * u.params for n, u in units.items())
+    assert found.limits == {"bops": int(0.1 * dense * 32 * 32)}
+    stored = {u.names[0]: u.weight for u in small.artifact.units}
+    own = {n: positions[n] * live(stored[n], u) * weight_bits(stored[n]) * 32 for n, u in units.items()}
+    assert own == {c.name: c.bops for c in found.chosen}
+    assert sum(own.values()) <= found.limits["bops"]
+
+
+def test_several_targets_hold_together():
+    small = fw.compress(tiny(), images(), target=goal(1900, bops="0.12x"))
+    found = small.report.allocation
+    assert small.report.file_bytes <= found.limits["bytes"]
+    assert sum(c.bops for c in found.chosen) <= found.limits["bops"]
+
+
+def test_without_data_weights_alone_decide():
+    small = fw.compress(digits.make(), target="6x")
+    found = small.report.allocation
+    assert small.report.file_bytes <= found.limits["bytes"]
+    assert {r.method.split()[0] for r in small.report.rows} <= {"rtn", "magnitude"}
+    assert "no data" in found.score
+    assert found.measured is None
+    with pytest.raises(UsageError, match="needs data"):
+        fw.compress(digits.make(), target=Goal(bops="0.1x"))
+
+
+def test_a_network_without_gradients_is_scored_by_its_layer_errors():
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny()
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.net(x)
+
+    found = fw.compress(Closed(), images(), target=goal(1700)).report.allocation
+    assert found.score.startswith("relative layer errors")
+    assert "no gradient" in found.score
+    assert found.measured is not None
+
+
+def test_outputs_that_cannot_be_compared_are_not_measured():
+    class Boxes(nn.Module):
+        """As many outputs as it likes, as detectors have."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.calls = tiny(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x)[: 1 + self.calls % 3]
+
+    found = fw.compress(Boxes(), images(), target=goal(1700)).report.allocation
+    assert found.measured is None
+    assert "no policy was measured" in found.score
+
+
+def test_a_plan_scores_and_measures_nothing(solved):
+    found = fw.plan(digits.make(), digits.calibration(), target="8x", database=solved)
+    assert all(row.rise is not None and row.rise >= 0 for row in found.rows)
+    assert found.allocation.measured is None
+    assert found.file_bytes <= found.allocation.limits["bytes"]
+    assert found.allocation.floor["bytes"] < found.file_bytes
+    assert found.search_seconds > 0
+
+
+def test_the_front_is_monotone_and_measured_where_it_says(solved):
+    test = batches(digits.test())
+    metric = lambda net: fw.metrics.accuracy(net, test)  # noqa: E731
+    front = compressed(solved, goal("8x", front=True), evaluate=metric).report.allocation.front
+    sizes, losses = [p.bytes for p in front], [p.predicted for p in front]
+    assert sizes == sorted(sizes)
+    assert losses == sorted(losses, reverse=True)
+    measured = [p for p in front if p.measured is not None]
+    assert 3 <= len(measured) <= 8
+    assert front[0].measured is not None
+    assert all(p.metrics["top1"] > 5 for p in measured)
+    assert measured[-1].metrics["top1"] >= 98
+
+
+def test_a_target_below_the_floor_names_the_floor(solved):
+    with pytest.raises(InfeasibleError, match="smallest reachable file has"):
+        compressed(solved, goal("100x"))
+    with pytest.raises(InfeasibleError, match=r"smallest reachable number of BOPs is [\d,]+"):
+        fw.compress(tiny(), images(), target=goal(None, bops="0.001x"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "needs a target"),
+        ({"target": "much"}, "a target is"),
+        ({"bops": "2x"}, "at most the dense"),
+        ({"macs": "10 potatoes"}, "a target for MACs is"),
+        ({"target": "5x", "among": "all"}, "among must be"),
+        ({"target": "5x", "measurements": 0}, "measurements must be"),
+    ],
+)
+def test_wrong_goals(settings, said):
+    with pytest.raises(UsageError, match=said):
+        Goal(**settings)
+    assert share_of("25%", 1000, "MACs") == 250
+
+
+def test_live_multiplications_leave_out_whole_rows_and_channels_only():
+    model = tiny()
+    units = {u.name: u for u in scan(model).units}
+    w = {n: u.view.matrix(model.get_parameter(n).detach()) for n, u in units.items()}
+    white = {n: LayerStats.white(u.view.matrix_shape[1], u.groups, u.taps) for n, u in units.items()}
+    assert live(Rtn(GridSpec(4)).solve(w["conv1.weight"], white["conv1.weight"]).weight, units["conv1.weight"]) == 216
+    half = Obs(Rows(0.5)).solve(w["conv1.weight"], white["conv1.weight"]).weight
+    assert live(half, units["conv1.weight"]) == 108
+    single = Obs(Unstructured(0.3)).solve(w["conv1.weight"], white["conv1.weight"]).weight
+    assert live(single, units["conv1.weight"]) > 150
+    rows = Obs(Rows(0.25)).solve(w["conv2.weight"], white["conv2.weight"]).weight
+    by_hand = sum(9 * 2 * int(group.any(1).sum()) for group in rows.mask.reshape(4, 4, 18))
+    assert live(rows, units["conv2.weight"]) == by_hand
+
+
+def test_every_kind_of_candidate_is_tried():
+    unit = scan(digits.make()).units[0]
+    labels = {kind: {m.label for m in forms(unit, kind)} for kind in ("quantize", "prune", "both")}
+    assert {f"gptq {b} bit" for b in range(1, 8)} <= labels["quantize"]
+    assert labels["quantize"] | labels["prune"] < labels["both"]
+    assert "obs 50% + gptq 4 bit" in labels["both"]
+
+
+def test_the_command_line(run, tmp_path):
+    place = "featherweight.demo.digits"
+    front = tmp_path / "front.json"
+    code, out, _ = run(
+        *("compress", f"{place}:make", "--data", f"{place}:calibration", "--test", f"{place}:test", "--target", "7x"),
+        *("--measurements", 3, "--front", front, "-o", tmp_path / "s.fw"),
+    )
+    assert code == 0
+    assert "used" in out
+    assert "smallest reachable" in out
+    found = json.loads(front.read_text())
+    assert found["chosen"]["bytes"] == (tmp_path / "s.fw").stat().st_size
+    assert found["chosen"]["metrics"]["top1"] >= 97
+    assert front.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run("plan", f"{place}:make", "--bits", 4, "--among", "prune")
+    assert code == 2
+    assert "--among" in err
