@@ -3,6 +3,7 @@
 from featherweight.activations import ActivationGrid, simulate
 from featherweight.artifact import load
 from featherweight.errors import FeatherweightError, FormatError, InfeasibleError, SolveError, UsageError
+from featherweight.finetune import Finetune
 from featherweight.layers import scan
 from featherweight.methods import (
     NM,
@@ -35,6 +36,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Channels",
     "Compressed",
     "FeatherweightError",
+    "Finetune",
     "FormatError",
     "Goal",
     "Gptq",

@@ -15,8 +15,17 @@ from torch import nn
 
 from featherweight.activations import ActivationGrid
 from featherweight.artifact.write import to_bytes
-from featherweight.candidates import FLOAT, Candidate, forms, solve_candidates
-from featherweight.data import Batch, split
+from featherweight.candidates import (
+    FLOAT,
+    Candidate,
+    channels_read,
+    forms,
+    live,
+    solve_candidates,
+    weight_bits,
+)
+from featherweight.coupling import couplings
+from featherweight.data import Batch, cut, split
 from featherweight.database import Database
 from featherweight.errors import InfeasibleError, UsageError
 from featherweight.knapsack import Menu, front
@@ -28,6 +37,7 @@ from featherweight.search import Choices, Judge, Task, search
 from featherweight.sensitivity import Sensitivity, sensitivity
 from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal
+from featherweight.weights import Weight
 
 MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
 SETTLING = 4  # times that the size of everything but the weights is looked at again
@@ -73,7 +83,8 @@ class Allocation:
     """The outcome. limits, floor: by budget ('bytes' of the whole file, 'macs', 'bops'), the latter the smallest that
     is reachable. predicted: the sum of the scores; first: the measured distance of the score's own policy, measured: of
     the chosen one, both None where there was nothing to measure on; policies: how many were measured. score: what the
-    scores are. front: of the first budget, from small to large."""
+    scores are. front: of the first budget, from small to large. macs, bops: of the network as it was stored, counted
+    again, for one sample; dense_macs: before."""
 
     chosen: tuple[Chosen, ...]
     limits: dict[str, int]
@@ -84,32 +95,55 @@ class Allocation:
     policies: int
     score: str
     front: tuple[Point, ...] = ()
+    macs: int = 0
+    dense_macs: int = 0
+    bops: int = 0
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Allocator:
     """The candidates of a network, and what the whole file costs with any choice of them. grids, about: see
-    `packing.packed`."""
+    `packing.packed`. coupled: see `couplings`; positions: how often each unit's matrix is used for one sample;
+    input_bits: see `solve_candidates`."""
 
     net: nn.Module
     found: Scan
     candidates: Mapping[str, tuple[Candidate, ...]]
     grids: dict[str, ActivationGrid]
     about: dict[str, Any]
+    coupled: Mapping[str, str]
+    positions: Mapping[str, float]
+    input_bits: Mapping[str, int]
 
-    def costs(self, choices: Choices) -> dict[str, int]:
-        """By budget, bytes being those of the whole file but for a few."""
+    def size(self, choices: Choices) -> int:
+        """Bytes of the whole file, but for a few."""
         taken = self.taken(choices)
         solutions = {name: c.solution for name, c in taken.items()}
         methods = {name: c.final for name, c in taken.items()}
         artifact, _ = packed(self.net, self.found, methods, solutions, self.about, self.grids)
-        size = len(to_bytes(artifact))
+        return len(to_bytes(artifact))
+
+    def costs(self, choices: Choices, budgets: Sequence[str]) -> dict[str, int]:
+        """By budget, bytes being those of the weights alone, MACs and BOPs without the rows that nothing reads."""
+        taken = self.taken(choices)
+        computed = self.counted({name: c.solution.weight for name, c in taken.items()}) if self.coupled else None
         return {
-            "bytes": size,
-            "macs": sum(c.macs for c in taken.values()),
-            "bops": sum(c.bops for c in taken.values()),
+            b: sum(getattr(c, b) for c in taken.values()) if b == "bytes" or computed is None else computed[b]
+            for b in budgets
         }
+
+    def counted(self, weights: Mapping[str, Weight]) -> dict[str, int]:
+        """MACs and BOPs of the network with these weights, counted again."""
+        own = [self._counted(u, weights) for u in self.found.units]
+        return {"macs": sum(m for m, _ in own), "bops": sum(b for _, b in own)}
+
+    def _counted(self, unit: Unit, weights: Mapping[str, Weight]) -> tuple[int, int]:
+        units = {u.name: u for u in self.found.units}
+        reader = self.coupled.get(unit.name)
+        needed = None if reader is None else channels_read(weights[reader], units[reader])
+        macs = round(self.positions[unit.name] * live(weights[unit.name], unit, needed))
+        return macs, macs * weight_bits(weights[unit.name]) * (self.input_bits.get(unit.name, 0) or FLOAT)
 
     def taken(self, choices: Choices) -> dict[str, Candidate]:
         return {u.name: self.candidates[u.name][c] for u, c in zip(self.found.units, choices, strict=True)}
@@ -119,7 +153,7 @@ class Allocator:
         return tuple(min(range(len(rows)), key=lambda i: getattr(rows[i], budget)) for rows in own)
 
     def menus(self, budgets: Sequence[str]) -> tuple[Menu, ...]:
-        """With a cost for each budget, bytes being those of the weights alone."""
+        """With a cost for each budget, each unit's alone: with couplings their sum is more than the true cost."""
         return tuple(
             Menu(
                 np.array([[getattr(c, b) for b in budgets] for c in self.candidates[u.name]], np.int64),
@@ -128,9 +162,31 @@ class Allocator:
             for u in self.found.units
         )
 
+    def around(self, budgets: Sequence[str], now: Choices) -> tuple[Menu, ...]:
+        """The menus linearised at a policy: what the whole network costs when one unit changes, so that they sum to the
+        true cost there."""
+        start = self.costs(now, budgets)
+        own = [self._own(i, now, budgets) for i in range(len(now))]
+        menus = []
+        for i, (unit, menu) in enumerate(zip(self.found.units, self.menus(budgets), strict=True)):
+            costs = menu.costs.copy()
+            if unit.name in self.coupled or unit.name in self.coupled.values():
+                for j in range(len(costs)):
+                    there = self.costs((*now[:i], j, *now[i + 1 :]), budgets)
+                    costs[j] = [own[i][b] + there[b] - start[b] for b in budgets]
+            menus.append(Menu(np.maximum(costs, 0), menu.losses))
+        return tuple(menus)
+
+    def _own(self, i: int, now: Choices, budgets: Sequence[str]) -> dict[str, int]:
+        unit = self.found.units[i]
+        macs, bops = self._counted(unit, {n: c.solution.weight for n, c in self.taken(now).items()})
+        own = {"bytes": self.candidates[unit.name][now[i]].bytes, "macs": macs, "bops": bops}
+        return {b: own[b] for b in budgets}
+
     def floor(self, budgets: Sequence[str]) -> dict[str, int]:
-        """The smallest reachable cost by each budget alone."""
-        return {b: self.costs(self.cheapest(b))[b] + (MARGIN if b == "bytes" else 0) for b in budgets}
+        """The smallest reachable cost by each budget alone, bytes of the whole file."""
+        least = {b: self.cheapest(b) for b in budgets}
+        return {b: self.size(c) + MARGIN if b == "bytes" else self.costs(c, [b])[b] for b, c in least.items()}
 
     def task(self, limits: Mapping[str, int]) -> Task:
         """The knapsack for these limits, that of bytes lowered by what the rest of the file takes.
@@ -146,12 +202,13 @@ class Allocator:
                 what = "file has" if b == "bytes" else f"number of {unit} is"
                 least = f"{least:,} bytes" if b == "bytes" else f"{least:,}"
                 raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {what} {least}")
-        if "bytes" not in limits:
-            return Task(menus, tuple(limits.values()))
-        choices, task = self.cheapest("bytes"), None
-        for _ in range(SETTLING):  # what the rest takes depends a little on the choices
-            over = self.costs(choices)["bytes"] - sum(c.bytes for c in self.taken(choices).values())
-            task = Task(menus, tuple(limits[b] - (over + MARGIN if b == "bytes" else 0) for b in budgets))
+        choices, task = self.cheapest(budgets[0]), None
+        for _ in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
+            over = self._rest(choices) + MARGIN if "bytes" in limits else 0
+            inner = {b: limits[b] - (over if b == "bytes" else 0) for b in budgets}
+            if self.coupled and task is not None and {"macs", "bops"} & set(budgets):
+                menus = self.around(budgets, choices)
+            task = Task(menus, tuple(inner.values()), self._meets(inner) if self.coupled else None)
             again = task.solve()
             if again == choices:
                 break
@@ -159,14 +216,19 @@ class Allocator:
         assert task is not None
         return task
 
+    def _rest(self, choices: Choices) -> int:
+        """Bytes of the file that are not the weights'."""
+        return self.size(choices) - self.costs(choices, ["bytes"])["bytes"]
+
+    def _meets(self, limits: Mapping[str, int]) -> Callable[[Choices], bool]:
+        return lambda choices: all(c <= limits[b] for b, c in self.costs(choices, list(limits)).items())
+
     def front(self, budget: str) -> list[tuple[Choices, Point]]:
         """Every policy that is optimal for what it costs, by the score; from small to large."""
         policies = front(self.menus([budget]))
         least = policies[0].choices
-        over = self.costs(least)["bytes"] - sum(c.bytes for c in self.taken(least).values())
-        return [
-            (p.choices, Point(over + sum(c.bytes for c in self.taken(p.choices).values()), p.loss)) for p in policies
-        ]
+        over = self._rest(least)
+        return [(p.choices, Point(over + self.costs(p.choices, ["bytes"])["bytes"], p.loss)) for p in policies]
 
 
 def effort(macs: int, samples: int) -> int:
@@ -237,7 +299,11 @@ class Stage:
     @property
     def bytes(self) -> int:
         """Predicted, of the whole file."""
-        return self.allocator.costs(self.choices)["bytes"] + MARGIN
+        return self.allocator.size(self.choices) + MARGIN
+
+    def recounted(self, solutions: Mapping[str, Solution]) -> Allocation:
+        """The outcome, with MACs and BOPs of what was stored."""
+        return replace(self.outcome, **self.allocator.counted({name: s.weight for name, s in solutions.items()}))
 
     def beats(self, outcome: Repair) -> bool:
         """Whether the candidates themselves were measured to be far closer to the dense outputs than what came of
@@ -273,14 +339,17 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     scores, what = _scores(net, solving, units, progress)
     count = sum(b.size for b in solving)
     tried = {
-        u.name: [setting.fixed[u.name]] if u.name in setting.fixed else forms(u, goal.among, bool(samples))
-        for u in units
+        u.name: [setting.fixed[u.name]] if u.name in setting.fixed else forms(u, goal, bool(samples)) for u in units
     }
     candidates = solve_candidates(
         net, units, setting.stats, scores, tried, setting.fixed, setting.input_bits, count, setting.store, progress
     )
-    allocator = Allocator(net, setting.found, candidates, setting.grids, setting.about)
-    macs = sum(_dense_macs(u, setting.stats[u.name], count) for u in units)
+    coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.macs is not None else {}
+    positions = {u.name: int(setting.stats[u.name].samples.max()) / max(count, 1) for u in units}
+    allocator = Allocator(
+        net, setting.found, candidates, setting.grids, setting.about, coupled, positions, setting.input_bits
+    )
+    macs = sum(round(positions[u.name] * u.params) for u in units)
     limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2)
     task = allocator.task(limits)
     judge = _judge(setting, candidates, judging) if measuring else None
@@ -306,6 +375,8 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         policies,
         what,
         points,
+        **allocator.counted({name: c.solution.weight for name, c in allocator.taken(choices).items()}),
+        dense_macs=macs,
     )
     return Stage(allocator, limits, task, choices, trust, outcome)
 
@@ -323,11 +394,6 @@ def _scores(
     missing = [u.name for u in units if u.name not in found.gradients]
     note = f"; relative layer errors for {len(missing)} weights that no gradient reaches" if missing else ""
     return found, f"second order{note}"
-
-
-def _dense_macs(unit: Unit, stats: LayerStats, samples: int) -> int:
-    rows, cols = unit.view.matrix_shape
-    return round(int(stats.samples.max()) / max(samples, 1) * rows * cols)
 
 
 def _judge(setting: Setting, candidates: Mapping[str, tuple[Candidate, ...]], judging: Sequence[Batch]) -> Judge | None:

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from featherweight.database import Database, Shared
 from featherweight.errors import SolveError
 from featherweight.knapsack import Menu, useful
 from featherweight.layers import Unit
 from featherweight.methods import (
+    Channels,
     Gptq,
     GridSpec,
     Magnitude,
@@ -29,12 +31,14 @@ from featherweight.methods import (
 )
 from featherweight.sensitivity import Sensitivity
 from featherweight.stats import LayerStats
-from featherweight.target import Among
+from featherweight.target import Among, Goal
 from featherweight.weights import Grid, Sparse, Weight
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 JOINT = {0.3: (3, 4, 5), 0.5: (3, 4, 5), 0.7: (3, 4, 5), 0.85: (3, 4)}
+STRUCTURE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of the input channels
+CHANNEL_BITS = (3, 4, 5, 8)
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
 FLOAT = 32  # bits that a multiplication counts where a factor is not on a grid
 
@@ -56,8 +60,23 @@ class Candidate:
     rise: float
 
 
-def forms(unit: Unit, among: Among, with_data: bool = True) -> list[Method]:
+def forms(unit: Unit, goal: Goal, with_data: bool = True) -> list[Method]:
     """The methods that are tried for a unit; without data those that need none."""
+    return _structured(unit, goal) if goal.macs is not None else _unstructured(unit, goal.among, with_data)
+
+
+def _structured(unit: Unit, goal: Goal) -> list[Method]:
+    """Whole input channels, on grids where bytes or BOPs are limited, too."""
+    levels = STRUCTURE if unit.view.matrix_shape[1] // unit.taps >= 4 else STRUCTURE[:1]
+    widths = CHANNEL_BITS if goal.among == "both" and not (goal.target is None and goal.bops is None) else ()
+    found: list[Method] = []
+    for s in levels:
+        pruner = Obs(Channels(s))
+        found += [pruner, *(PruneQuantize(pruner, Gptq(GridSpec(b, b == 8))) for b in widths)]
+    return found
+
+
+def _unstructured(unit: Unit, among: Among, with_data: bool) -> list[Method]:
     cols = unit.view.matrix_shape[1]
     groups = [None, 0] if cols <= SHARED else [None, SHARED] if cols >= 2 * SHARED else [None]
     grids = [GridSpec(b, b == 8, g) for b in BITS for g in groups]
@@ -107,7 +126,7 @@ def solve_candidates(
     for unit in units:
         w = unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
         seen = stats[unit.name]
-        positions = int(seen.samples.max()) / max(samples, 1)
+        positions = int(seen.samples.max()) / max(samples, 1)  # of one sample
         rows: list[Candidate] = []
         shared = Shared()
         for method in methods[unit.name]:
@@ -134,14 +153,24 @@ def _useful(rows: list[Candidate]) -> tuple[Candidate, ...]:
     return tuple(rows[i] for i in useful(Menu(costs, np.array([c.rise for c in rows], np.float64))))
 
 
-def live(weight: Weight, unit: Unit) -> int:
-    """Multiplications of one use of a matrix: rows without any weight and input channels without any are left out.
-    Single zeros are not: no plain hardware skips them."""
+def live(weight: Weight, unit: Unit, needed: Tensor | None = None) -> int:
+    """Multiplications of one use of a matrix: rows without any weight and input channels without any are left out, and
+    rows that are not `needed`, (rows,) bool. Single zeros are not: no plain hardware skips them."""
     rows, cols = weight.shape
-    if not isinstance(weight, Sparse):
+    if needed is None and not isinstance(weight, Sparse):
         return rows * cols
-    parts = weight.mask.reshape(unit.groups, rows // unit.groups, cols // unit.taps, unit.taps).any(dim=3)
+    mask = weight.mask if isinstance(weight, Sparse) else torch.ones(rows, cols, dtype=torch.bool)
+    mask = mask if needed is None else mask & needed[:, None]
+    parts = mask.reshape(unit.groups, rows // unit.groups, cols // unit.taps, unit.taps).any(dim=3)
     return int((parts.any(dim=2).sum(dim=1) * parts.any(dim=1).sum(dim=1)).sum()) * unit.taps
+
+
+def channels_read(weight: Weight, unit: Unit) -> Tensor:
+    """Which input channels have any weight, (channels,) bool; of a unit without groups."""
+    channels = weight.shape[1] // unit.taps
+    if not isinstance(weight, Sparse):
+        return torch.ones(channels, dtype=torch.bool)
+    return weight.mask.reshape(-1, channels, unit.taps).any(dim=2).any(dim=0)
 
 
 def weight_bits(weight: Weight) -> int:

@@ -22,6 +22,7 @@ from rich.table import Table
 from featherweight.artifact import fill, read
 from featherweight.database import Database, DatabaseWarning
 from featherweight.errors import FeatherweightError, UsageError
+from featherweight.finetune import Finetune
 from featherweight.picture import save_front
 from featherweight.pipeline import Plan, compress, plan, settle
 from featherweight.proof import meter, prove
@@ -111,6 +112,10 @@ def compress_command(
     metric: MetricSpec = None,
     batch_size: BatchSize = 128,
     database: DatabaseFolder = None,
+    finetune: Annotated[
+        int, typer.Option(min=0, help="epochs of training scales, norms and biases towards the dense network")
+    ] = 0,
+    train: Annotated[str | None, typer.Option(help="data to finetune on (default: the calibration data)")] = None,
     as_json: Json = False,
 ) -> None:
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
@@ -132,6 +137,7 @@ def compress_command(
             calibration = call(data) if data else None
             measure = meter(test, metric, batch_size)
             before = measure(network)
+            tuning = _finetune(finetune, train, calibration, batch_size)
             small = compress(
                 network,
                 calibration,
@@ -141,6 +147,7 @@ def compress_command(
                 batch_size=batch_size,
                 about=about,
                 database=database,
+                finetune=tuning,
                 progress=progress,
             )
             size = small.save(unproved)
@@ -297,6 +304,18 @@ def _goal(
     if front is not None:
         _check_output(front, None)
     return Goal(target, macs, bops, among, measurements, front is not None)  # pyright: ignore - it checks
+
+
+def _finetune(epochs: int, train: str | None, calibration: Any, batch_size: int) -> Finetune | None:
+    """None where no epoch is asked for."""
+    if epochs == 0:
+        if train is not None:
+            raise UsageError("--train is for finetuning: give --finetune EPOCHS, for example 5")
+        return None
+    data = calibration if train is None else call(train)
+    if data is None:
+        raise UsageError("--finetune needs data: --train file.py:function, or --data")
+    return Finetune(data, epochs, batch_size=batch_size)
 
 
 def _recipe(

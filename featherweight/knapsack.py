@@ -19,7 +19,7 @@ from scipy.sparse import csr_array, vstack
 
 from featherweight.errors import InfeasibleError, require
 
-TABLE = 1 << 31  # bytes of the dynamic programme
+TABLE = 1 << 29  # bytes of the dynamic programme
 GAP = 1e-6  # relative, within which HiGHS may stop
 TIGHTER = (0.0, 3e-6, 3e-5)  # of a limit: HiGHS takes a sum for equal to it that is some millionths above
 

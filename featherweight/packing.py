@@ -1,5 +1,6 @@
 """A compressed network in memory -> an Artifact, and how large its file is or will be."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ def packed(
             u.view,
             solutions[u.name].weight,
             methods[u.name].label,
-            solutions[u.name].relative_error,
+            error if math.isfinite(error := solutions[u.name].relative_error) else None,
             solutions[u.name].note,
             grids.get(u.name),
         )

@@ -1,11 +1,12 @@
 """The straight line: scan, capture, allocate, solve, assemble, repair, pack. `compress` is that line, written out."""
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -21,8 +22,11 @@ from featherweight.candidates import forms
 from featherweight.data import Batch, batches, check, split
 from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
+from featherweight.finetune import Finetune
+from featherweight.finetune import finetune as train
 from featherweight.layers import LeftAlone, Scan, Unit, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
+from featherweight.methods.base import usable
 from featherweight.packing import packed, predicted_bytes
 from featherweight.recipe import Recipe, assign, input_bits, overridden, settled
 from featherweight.repair import Repair, repair
@@ -30,6 +34,7 @@ from featherweight.report import Report, rows_of
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats, capture
 from featherweight.target import Baselines, Goal, baselines, target_bytes
+from featherweight.weights import Weight
 
 SPILL = 2 << 30  # statistics over this many bytes are kept in files instead of memory
 RATE = 4e9  # multiply-adds a second that the time estimate assumes
@@ -99,6 +104,7 @@ def compress(
     batch_size: int = 128,
     about: dict[str, Any] | None = None,
     database: str | Path | None = None,
+    finetune: Finetune | None = None,
     progress: Progress = _quiet,
 ) -> Compressed:
     """Compress a trained network. The network itself is not changed.
@@ -114,6 +120,7 @@ def compress(
         evaluate: measures the dense network and the network read back; a number, or several by name.
         about: extra JSON for people, kept in the file.
         database: a folder where solved layers are kept and found again (docs/database.md); nothing is kept without.
+        finetune: train scales, norms, biases and the like at the end; codes and masks stay.
 
     Raises:
         UsageError: something does not fit together; nothing expensive was done yet.
@@ -126,6 +133,8 @@ def compress(
     recipe = recipe or Recipe(method or Obq(GridSpec(4)))
     found, methods = settle(net, recipe, goal, data is not None)
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
+    if finetune is not None and wanted:
+        raise UsageError("finetuning through rounded inputs does not work yet; leave out one of the two")
     original = _tensors(net)
     samples = _samples(net, data, methods, batch_size, wanted)
     before = _metrics(evaluate, copy.deepcopy(net))
@@ -169,6 +178,17 @@ def compress(
             if stage is None or size <= (limit := stage.limits.get("bytes", size)):
                 break
             stage = stage.tighter(size - limit)  # scales came out as fp32: once more, with a little less
+    trained = None
+    if finetune is not None:
+        with _timed(seconds, "finetune"):
+            weights = {name: s.weight for name, s in solutions.items()}
+            weights, trained = train(net, small, found.units, weights, finetune, progress)
+            for u in found.units:
+                w = u.view.matrix(net.get_parameter(u.name).detach().cpu())
+                solutions[u.name] = _finetuned(solutions[u.name], weights[u.name], w, stats.get(u.name))
+        artifact, rest = packed(small, found, methods, solutions, about, grids)
+        data_read_back = to_bytes(artifact)
+        size = len(data_read_back)
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(
@@ -186,7 +206,8 @@ def compress(
         in_order=len(then.units),
         order_note=then.note,
         float_inputs=float_inputs,
-        allocation=None if stage is None else stage.outcome,
+        allocation=None if stage is None else stage.recounted(solutions),
+        finetuned=trained,
     )
     return Compressed(artifact, report)
 
@@ -261,7 +282,7 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
         return found, methods
     fixed, methods = overridden(recipe, found), {}
     for unit in found.units:
-        tried = [fixed[unit.name]] if unit.name in fixed else forms(unit, goal.among, with_data)
+        tried = [fixed[unit.name]] if unit.name in fixed else forms(unit, goal, with_data)
         methods[unit.name] = min(tried, key=lambda m: m.storage(unit.view.matrix_shape, unit.taps, unit.groups))
     size = predicted_bytes(net, found, methods, input_bits(recipe, found))
     if goal.target is not None:
@@ -340,6 +361,13 @@ def _repaired(
 def _tensors(net: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and persistent buffer."""
     return {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
+
+
+def _finetuned(solution: Solution, weight: Weight, w: Tensor, stats: LayerStats | None) -> Solution:
+    """The same solution with a finetuned weight; its error is unknown where the moments of its inputs were not kept."""
+    if stats is None:
+        return replace(solution, weight=weight, error=math.nan, relative_error=math.nan)
+    return Solution.of(weight, w, usable(stats), solution.status, solution.info, solution.padded)
 
 
 def _measured(evaluate: Callable[[nn.Module], float | dict[str, float]]) -> Callable[[nn.Module], dict[str, float]]:

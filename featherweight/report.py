@@ -11,6 +11,7 @@ from rich.text import Text
 from featherweight.activations import FloatInput
 from featherweight.allocate import NAMES, Allocation
 from featherweight.artifact import Artifact
+from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone
 from featherweight.repair import Repair
 from featherweight.target import Baselines
@@ -45,7 +46,8 @@ class Report:
     layer's Hessian took, relative to its mean diagonal. seconds: by stage. reused: how many weights came solved from
     the database, None where there was none. in_order: how many were solved on the compressed network's inputs;
     order_note: why on fewer samples, or not at all. float_inputs: where inputs are rounded, the weights whose inputs
-    are not, and why. allocation: how a target was met, None without one."""
+    are not, and why. allocation: how a target was met, None without one.
+    finetuned: how the loss fell, None without finetuning."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -62,6 +64,7 @@ class Report:
     order_note: str = ""
     float_inputs: tuple[FloatInput, ...] = ()
     allocation: Allocation | None = None
+    finetuned: Trained | None = None
 
     @property
     def ratio(self) -> float:
@@ -162,8 +165,7 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
     """How a target was met, or would be."""
     if allocation is None:
         return []
-    used = {"macs": sum(c.macs for c in allocation.chosen), "bops": sum(c.bops for c in allocation.chosen)}
-    used["bytes"] = file_bytes
+    used = {"macs": allocation.macs, "bops": allocation.bops, "bytes": file_bytes}
     lines = []
     for budget, limit in allocation.limits.items():
         what = NAMES[budget]
@@ -204,5 +206,8 @@ def summary(report: Report, where: str) -> Group:
         notes.append(Text(f"{report.in_order} of {len(report.rows)} weights {what}{note}", style="dim"))
     notes += float_inputs_lines(report.float_inputs)
     notes += allocation_lines(report.allocation, report.file_bytes)
+    if report.finetuned is not None:
+        losses = " -> ".join(f"{x:.3g}" for x in report.finetuned.losses)
+        notes.append(Text(f"finetuned: mean loss of each epoch {losses}"))
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     return Group(*notes, Text(repair_line(report.repair)), Text(times, style="dim"), Text(), sizes)

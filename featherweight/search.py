@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, simulate
 from featherweight.candidates import Candidate
-from featherweight.errors import UsageError
+from featherweight.errors import InfeasibleError, UsageError
 from featherweight.knapsack import Menu, Policy, hull, optimum, within
 from featherweight.layers import Unit
 from featherweight.repair.correct import Reference
@@ -95,10 +95,12 @@ class Found:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A knapsack to be solved: menus with a cost for each limit."""
+    """A knapsack to be solved: menus with a cost for each limit. meets: whether a policy truly stays within them, where
+    the menus' costs are only about right."""
 
     menus: tuple[Menu, ...]
     limits: tuple[int, ...]
+    meets: Callable[[Choices], bool] | None = None
 
     def solve(self, trust: np.ndarray | None = None) -> Choices:
         """The best policy within the limits, each menu's losses multiplied with its trust.
@@ -109,12 +111,22 @@ class Task:
         menus = self.menus
         if trust is not None:
             menus = [Menu(m.costs, m.losses * t) for m, t in zip(menus, trust, strict=True)]
-        if len(self.limits) == 1:
+        for percent in range(100, 49, -1):
+            choices = self._within(menus, tuple(limit * percent // 100 for limit in self.limits))
+            if self.meets is None or self.meets(choices):
+                return choices
+        raise InfeasibleError("no policy that was found truly stays within the limits")
+
+    @staticmethod
+    def _within(menus: Sequence[Menu], limits: tuple[int, ...]) -> Choices:
+        if len(limits) == 1:
             with suppress(UsageError):  # too many different sums for the exact table
-                return optimum(menus, self.limits[0]).choices
-        return within(menus, self.limits).choices
+                return optimum(menus, limits[0]).choices
+        return within(menus, limits).choices
 
     def fits(self, choices: Choices) -> bool:
+        if self.meets is not None:
+            return self.meets(choices)
         costs = Policy.of(self.menus, choices).costs
         return all(c <= limit for c, limit in zip(costs, self.limits, strict=True))
 

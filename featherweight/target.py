@@ -87,7 +87,7 @@ class Goal:
     Args:
         target: of the file, see `target_bytes`. macs, bops: see `share_of`; BOPs are MACs times the bits of both
             factors.
-        among: what may be chosen from.
+        among: what may be chosen from; with a limit of MACs, pruning removes whole input channels.
         measurements: how many policies are measured, at most; by default as many as take about a minute or two.
         front: measure policies of other sizes, too, for a picture of accuracy against bytes.
     """
@@ -106,6 +106,10 @@ class Goal:
             raise UsageError(f"among must be one of {', '.join(get_args(Among))}, got {self.among!r}")
         if self.measurements is not None and not (type(self.measurements) is int and self.measurements > 0):
             raise UsageError(f"measurements must be a whole number above 0, got {self.measurements!r}")
+        if self.macs is not None and self.among == "quantize":
+            raise UsageError(
+                "grids leave all multiplications in place: for a target of MACs choose among prune or both"
+            )
         if self.target is not None:
             target_bytes(self.target, 1 << 40)
         for value, what in ((self.macs, "MACs"), (self.bops, "BOPs")):

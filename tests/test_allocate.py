@@ -202,7 +202,7 @@ def test_live_multiplications_leave_out_whole_rows_and_channels_only():
 
 def test_every_kind_of_candidate_is_tried():
     unit = scan(digits.make()).units[0]
-    labels = {kind: {m.label for m in forms(unit, kind)} for kind in ("quantize", "prune", "both")}
+    labels = {kind: {m.label for m in forms(unit, Goal("5x", among=kind))} for kind in ("quantize", "prune", "both")}
     assert {f"gptq {b} bit" for b in range(1, 8)} <= labels["quantize"]
     assert labels["quantize"] | labels["prune"] < labels["both"]
     assert "obs 50% + gptq 4 bit" in labels["both"]
@@ -225,3 +225,47 @@ def test_the_command_line(run, tmp_path):
     code, _, err = run("plan", f"{place}:make", "--bits", 4, "--among", "prune")
     assert code == 2
     assert "--among" in err
+
+
+def chain() -> nn.Module:
+    """A block whose inner channels one layer alone reads, and a head."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(24, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    ).eval()
+
+
+@pytest.mark.parametrize("share", ["0.8x", "0.5x", "0.25x"])
+def test_multiplications_are_removed_and_counted_again(share):
+    model, data = chain(), images(64)
+    small = fw.compress(model, data, target=goal(None, macs=share))
+    found = small.report.allocation
+    dense = 64 * (27 * 16 + 144 * 24 + 216 * 16) + 160
+    assert found.dense_macs == dense
+    assert found.limits == {"macs": int(float(share[:-1]) * dense)}
+    masks = [u.weight.mask for u in small.artifact.units]
+    read = [m.reshape(len(m), -1, t).any(2).any(0) for m, t in zip(masks, (9, 9, 9, 1), strict=True)]
+    rows = [*(r.sum() for r in read[1:]), 10]  # a row that the next layer does not read need not be computed
+    by_hand = sum(
+        int(p * n * r.sum() * t) for p, n, r, t in zip((64, 64, 64, 1), rows, read, (9, 9, 9, 1), strict=True)
+    )
+    assert found.macs == by_hand <= found.limits["macs"]
+    assert found.macs >= 0.8 * found.limits["macs"]
+
+
+def test_multiplications_and_bytes_together():
+    small = fw.compress(chain(), images(64), target=goal("8x", macs="0.6x"))
+    found = small.report.allocation
+    assert small.report.file_bytes <= found.limits["bytes"]
+    assert found.macs <= found.limits["macs"]
+    assert any("bit" in r.method for r in small.report.rows)
+    with pytest.raises(UsageError, match="grids leave all"):
+        goal(macs="0.5x", among="quantize")

@@ -1,0 +1,78 @@
+"""Which layers' outputs serve nothing but one other layer's input channels.
+
+Where that layer no longer reads a channel, the row that makes it need not be computed either. Found by trying, not by
+tracing: some channels of a layer are set to zero, and the rows whose weights then no longer have any gradient, though
+they had one before, are those that only these channels read. A layer counts as coupled where that are just the rows of
+the same numbers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.calls import eager
+from featherweight.data import Batch, device_of
+from featherweight.layers import Unit
+from featherweight.repair.distance import outputs
+
+
+def couplings(
+    net: nn.Module, batch: Batch, units: Sequence[Unit], on_unit: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, str]:
+    """For each unit whose rows are read by one other unit alone, row i as channel i: the name of that other unit.
+
+    Args:
+        net: in eval mode; it is as before afterwards. batch: a few samples are enough.
+    """
+    parameters = {u.name: net.get_parameter(u.name) for u in units}
+    wanting = [p.requires_grad for p in parameters.values()]
+    found: dict[str, str] = {}
+    try:
+        for p in parameters.values():
+            p.requires_grad_(True)
+        before = _alive(net, batch, units, parameters)
+        for n, reader in enumerate(units):
+            on_unit(n + 1, len(units))
+            channels = reader.view.matrix_shape[1] // reader.taps
+            if reader.groups > 1 or channels < 2 or reader.kind == "embedding":
+                continue
+            odd = torch.arange(channels) % 2 == 1
+            saved = parameters[reader.name].detach().clone()
+            matrix = reader.view.matrix(saved).clone()
+            matrix[:, odd.repeat_interleave(reader.taps)] = 0
+            with torch.no_grad():
+                parameters[reader.name].copy_(reader.view.tensor(matrix))
+            after = _alive(net, batch, units, parameters)
+            with torch.no_grad():
+                parameters[reader.name].copy_(saved)
+            for unit in units:
+                gone = before[unit.name] & ~after[unit.name]
+                same = len(gone) == channels and gone.any() and torch.equal(gone, odd & before[unit.name])
+                if same and unit.name not in found and unit.name != reader.name:
+                    found[unit.name] = reader.name
+    finally:
+        for p, wanted in zip(parameters.values(), wanting, strict=True):
+            p.requires_grad_(wanted)
+    return found
+
+
+def _alive(net: nn.Module, batch: Batch, units: Sequence[Unit], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows with a gradient, (rows,) bool, by unit name."""
+    with eager(), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        out: Any = batch.to(device_of(net)).run(net)
+        random = torch.Generator().manual_seed(0)
+        weighted = [(t * torch.randn(t.shape, generator=random).to(t)).sum() for t in outputs(out)]
+        wanted = list(parameters.values())
+        total = torch.stack(weighted).sum()
+        gradients = (
+            torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
+        )
+    alive = {}
+    for unit, g in zip(units, gradients, strict=True):
+        rows = unit.view.matrix_shape[0]
+        dense = None if g is None else g.to_dense() if g.is_sparse else g
+        none = torch.zeros(rows, dtype=torch.bool)
+        alive[unit.name] = none if dense is None else (unit.view.matrix(dense) != 0).any(dim=1).cpu()
+    return alive
