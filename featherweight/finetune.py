@@ -1,8 +1,8 @@
 """Train what is continuous in a compressed network towards the dense one.
 
-Codes, masks and indices stay as they are; the stored numbers behind them (scales, kept fp16 values), and the biases, norm
-weights and other parameters that were not compressed are trained through the weights' own decoding. The loss is the
-distance to the dense network's outputs (distillation: Hinton et al., 1503.02531, at temperature 1), with labels the
+Codes, masks and indices stay as they are; the stored numbers behind them (scales, kept fp16 values), and the biases,
+norm weights and other parameters that were not compressed are trained through the weights' own decoding. The loss is
+the distance to the dense network's outputs (distillation: Hinton et al., 1503.02531, at temperature 1), with labels the
 cross-entropy beside it. The network stays in eval mode: BatchNorm keeps its corrected statistics, so a few epochs on a
 little data cannot spoil them.
 """
@@ -63,8 +63,8 @@ def finetune(
     how: Finetune,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[dict[str, Weight], Trained]:
-    """Train `small`, a copy of `dense` with `weights` (by unit name) in place, in place; returns its new weights, stored
-    as the old ones were.
+    """Train `small`, a copy of `dense` with `weights` (by unit name) in place, in place; returns its new weights, of
+    the same size as the old ones.
 
     Raises:
         UsageError: the data have no sample or no labels that are asked for, or the loss is no number.
@@ -75,12 +75,8 @@ def finetune(
     others = {n: p for n, p in small.named_parameters() if n not in compressed and p.is_floating_point()}
     start = {(u.name, f): t.float() for u in units for f, t in continuous[u.name].items()}
     start |= {("", n): p.detach().clone() for n, p in others.items()}
-    size = {
-        k: float(t.double().square().mean().sqrt().clamp(min=SMALLEST)) if t.numel() else 1.0 for k, t in start.items()
-    }
-    steps = {
-        k: torch.zeros_like(t, device=device if k[0] == "" else t.device).requires_grad_() for k, t in start.items()
-    }
+    size = {k: _size(t) for k, t in start.items()}
+    steps = {k: torch.zeros_like(t).requires_grad_() for k, t in start.items()}
 
     def current(key: tuple[str, str]) -> Tensor:
         return start[key] + size[key] * steps[key]
@@ -107,9 +103,7 @@ def finetune(
             out = functional_call(small, decoded(), here.args, here.kwargs)
             loss = _loss(want, list(outputs(out)), here.target, how.labels)
             if not torch.isfinite(loss):
-                raise UsageError(
-                    f"finetuning: the loss is {float(loss)} in epoch {epoch + 1}; try a smaller learning rate"
-                )
+                raise UsageError(f"finetuning: the loss is {loss.item()} in epoch {epoch + 1}; lower the learning rate")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -129,6 +123,11 @@ def finetune(
         for u in units:
             small.get_parameter(u.name).copy_(u.view.tensor(found[u.name].dense()))
     return found, Trained(tuple(losses))
+
+
+def _size(tensor: Tensor) -> float:
+    """The root mean square, what a step of 1 moves a value by."""
+    return max(math.sqrt(float(tensor.double().square().sum()) / max(tensor.numel(), 1)), SMALLEST)
 
 
 def _continuous(weight: Weight) -> dict[str, Tensor]:

@@ -83,8 +83,8 @@ def test_wrong_requests():
         Finetune(images(8), epochs=0)
     with pytest.raises(UsageError, match="labels"):
         fw.compress(words(), sentences(), method=Rtn(GridSpec(4)), finetune=Finetune(sentences(), 1, labels=0.5))
+    recipe = fw.Recipe(Gptq(GridSpec(4)), activations=8)
     with pytest.raises(UsageError, match="rounded inputs"):
-        recipe = fw.Recipe(Gptq(GridSpec(4)), activations=8)
         fw.compress(tiny(), images(), recipe=recipe, finetune=Finetune(images(), 1))
 
 
