@@ -153,7 +153,8 @@ def compress(
             with _timed(seconds, "allocate"):
                 kept = store or Database.at(Path(folder) / "solved")
                 fixed, judged = overridden(recipe, found), None if evaluate is None else _measured(evaluate)
-                setting = Setting(net, found, samples, stats, fixed, grids, wanted, base, about, kept, judged)
+                bits = {name: grid.bits for name, grid in grids.items()}
+                setting = Setting(net, found, samples, stats, fixed, grids, bits, base, about, kept, judged)
                 stage = allocate(setting, goal, progress)
                 net.load_state_dict(original, strict=False)
         while True:
@@ -244,7 +245,9 @@ def plan(
             about = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
             kept = Database.at(database or Path(folder) / "solved")
             fixed = overridden(recipe, found)
-            setting = Setting(net, found, samples, stats, fixed, {}, wanted, base, about, kept)
+            grids, _ = calibrate(net, samples, found.units, wanted)
+            bits = {name: grid.bits for name, grid in grids.items()}
+            setting = Setting(net, found, samples, stats, fixed, grids, bits, base, about, kept)
             stage = allocate(setting, goal, progress, measuring=False)
             searching = time.perf_counter() - start - capturing + SECONDS * bool(samples)
             methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}

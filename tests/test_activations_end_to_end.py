@@ -21,7 +21,6 @@ from featherweight.methods import Gptq, GridSpec, Rtn
 from featherweight.recipe import Override, Recipe, input_bits, read_recipe, recipe_of
 from tests.nets import images, sentences, tiny, words
 from tests.test_cli import DATA, MAKE, NETS, TEST
-from tests.test_cli import run as run  # the fixture
 
 EIGHT = Recipe(Rtn(GridSpec(8)), activations=8)
 

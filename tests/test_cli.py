@@ -106,7 +106,7 @@ def test_package_module_specs(tmp_path, run):
     digits = "featherweight.demo.digits"
     code, out, _ = run(
         *("compress", f"{digits}:make", "--data", f"{digits}:calibration", "--target", "7x", "-o", tmp_path / "s.fw"),
-        *("--test", f"{digits}:test", "--json"),
+        *("--measurements", 2, "--test", f"{digits}:test", "--json"),
     )
     assert code == 0
     found = json.loads(out)

@@ -101,12 +101,12 @@ def test_data_free_methods_need_no_data_and_others_say_so():
         fw.compress(tiny(), method=Gptq(GridSpec(8)))
 
 
-@pytest.mark.parametrize("target", ["3.7x", "5x", "9%", 20_000])
-def test_a_target_is_met_and_predicted(target):
-    small = fw.compress(digits.make(), digits.calibration(), target=target)
-    limit = fw.target_bytes(target, small.report.baselines.fp32)
-    assert small.report.file_bytes <= limit
-    predicted = fw.plan(digits.make(), digits.calibration(), target=target)
+@pytest.mark.parametrize("target", ["5x", "9%"])
+def test_a_target_is_met_and_predicted(target, tmp_path):
+    goal = fw.Goal(target, measurements=1)
+    predicted = fw.plan(digits.make(), digits.calibration(), target=goal, database=tmp_path / "solved")
+    small = fw.compress(digits.make(), digits.calibration(), target=goal, database=tmp_path / "solved")
+    assert small.report.file_bytes <= fw.target_bytes(target, small.report.baselines.fp32)
     assert predicted.file_bytes == pytest.approx(small.report.file_bytes, rel=0.03)
     assert small.report.file_bytes <= predicted.file_bytes
 
