@@ -31,8 +31,8 @@ from featherweight.allocate import CORRECTING
 from featherweight.candidates import solve_candidates
 from featherweight.data import batches, split
 from featherweight.database import Database
-from featherweight.layers import scan
-from featherweight.methods import Gptq, GridSpec, Method, Obs, PruneQuantize, Unstructured
+from featherweight.layers import Unit, scan
+from featherweight.methods import Gptq, GridSpec, Method, Obs, PruneQuantize, Solution, Unstructured
 from featherweight.metrics import accuracy
 from featherweight.repair.correct import Reference
 from featherweight.search import Judge
@@ -109,8 +109,13 @@ def prediction(net: nn.Module, data: Any, test: Any, policies: int, seed: int = 
         store = Database.at(Path(folder) / "solved")
         candidates = {}
         for unit in units:  # one method at a time, so that none is left out as worse than another
+            w = unit.view.matrix(net.get_parameter(unit.name))
+
+            def rise(unit: Unit, _method: Method, solution: Solution, w: torch.Tensor = w) -> float:
+                return scores.rise(unit.name, solution.weight.dense() - w)
+
             tried = [
-                solve_candidates(net, [unit], stats, scores, {unit.name: [m]}, (), {}, count, store, lambda *_: None)
+                solve_candidates(net, [unit], stats, rise, {unit.name: [m]}, (), {}, count, store, lambda *_: None)
                 for m in methods
             ]
             candidates[unit.name] = tuple(found[unit.name][0] for found in tried)

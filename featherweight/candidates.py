@@ -29,7 +29,6 @@ from featherweight.methods import (
     Solution,
     Unstructured,
 )
-from featherweight.sensitivity import Sensitivity
 from featherweight.stats import LayerStats
 from featherweight.target import Among, Goal
 from featherweight.weights import Grid, Sparse, Weight
@@ -104,7 +103,7 @@ def solve_candidates(
     net: nn.Module,
     units: Sequence[Unit],
     stats: Mapping[str, LayerStats],
-    sensitivity: Sensitivity | None,
+    rise: Callable[[Unit, Method, Solution], float],
     methods: Mapping[str, Sequence[Method]],
     fixed: Collection[str],
     input_bits: Mapping[str, int],
@@ -117,7 +116,7 @@ def solve_candidates(
     Args:
         methods: what is tried, by unit name, see `forms`. fixed: units whose methods are taken as they are, not
             `refined`.
-        sensitivity: predicts the rises; None, or for a unit that it misses, the relative layer error stands for it.
+        rise: the predicted distance, see `Candidate`, of a unit's solution by a method.
         input_bits: of the units' inputs, missing or 0 for floats. samples: how many the statistics are of.
     """
     total, done = sum(map(len, methods.values())), 0
@@ -134,14 +133,11 @@ def solve_candidates(
                 solution, _ = store.solve(method, w, seen, shared)
             except SolveError as error:
                 raise SolveError(f"{unit.name}: {error}") from error
-            if sensitivity is not None and unit.name in sensitivity.gradients:
-                rise = sensitivity.rise(unit.name, solution.weight.dense() - w.float())
-            else:
-                rise = solution.relative_error
             macs = round(positions * live(solution.weight, unit))
             bops = macs * weight_bits(solution.weight) * (input_bits.get(unit.name, 0) or FLOAT)
             final = method if unit.name in fixed else refined(method)
-            rows.append(Candidate(method, final, solution, solution.weight.bits() // 8, macs, bops, rise))
+            own = solution.weight.bits() // 8, macs, bops, rise(unit, method, solution)
+            rows.append(Candidate(method, final, solution, *own))
             done += 1
             progress("candidates", done, total)
         found[unit.name] = rows

@@ -41,6 +41,8 @@ SOURCES = (  # all that a solver is made of (a test follows the imports), and th
     "data.py",
     "errors.py",
     "layers.py",
+    "repair/distance.py",
+    "sensitivity.py",
     "stats.py",
     "methods/**/*.py",
     "weights/**/*.py",

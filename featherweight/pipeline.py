@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, FloatInput, calibrate, simulate, simulated, stays_float
-from featherweight.allocate import SECONDS, Allocation, Setting, allocate
+from featherweight.allocate import SECONDS, Setting, allocate
+from featherweight.allocator import Allocation
 from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.write import to_bytes
@@ -24,19 +25,19 @@ from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
 from featherweight.finetune import Finetune
 from featherweight.finetune import finetune as train
-from featherweight.layers import LeftAlone, Scan, Unit, scan
+from featherweight.layers import LeftAlone, Scan, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
 from featherweight.methods.base import usable
+from featherweight.moments import basis_of, captured
 from featherweight.packing import packed, predicted_bytes
 from featherweight.recipe import Recipe, assign, input_bits, overridden, settled
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
-from featherweight.stats import LayerStats, capture
+from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, baselines, target_bytes
 from featherweight.weights import Weight
 
-SPILL = 2 << 30  # statistics over this many bytes are kept in files instead of memory
 RATE = 4e9  # multiply-adds a second that the time estimate assumes
 
 
@@ -145,7 +146,8 @@ def compress(
             seen = samples if goal is None else split(samples)[0] or samples  # the others judge policies
             then = order(net, seen, found.units, methods) if goal is None and recipe.sequential else Order()
             left = tuple(u for u in found.units if u not in then.units)
-            stats = _captured(net, seen, left, Path(folder), progress)
+            basis = None if goal is None else basis_of(net, samples, store)
+            stats = captured(net, seen, left, Path(folder), progress, store, basis)
             grids, float_inputs = calibrate(net, samples, found.units, wanted)
             net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
         stage = None
@@ -154,7 +156,7 @@ def compress(
                 kept = store or Database.at(Path(folder) / "solved")
                 fixed, judged = overridden(recipe, found), None if evaluate is None else _measured(evaluate)
                 bits = {name: grid.bits for name, grid in grids.items()}
-                setting = Setting(net, found, samples, stats, fixed, grids, bits, base, about, kept, judged)
+                setting = Setting(net, found, samples, stats, fixed, grids, bits, base, about, kept, basis, judged)
                 stage = allocate(setting, goal, progress)
                 net.load_state_dict(original, strict=False)
         while True:
@@ -238,16 +240,18 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         seen = samples[:1] if goal is None else split(samples)[0] or samples
         start = time.perf_counter()
-        stats = _captured(net, seen, found.units, Path(folder), progress)
+        store = None if database is None else Database.at(database)
+        basis = None if goal is None else basis_of(net, samples, store)
+        stats = captured(net, seen, found.units, Path(folder), progress, store, basis)
         each = (time.perf_counter() - start) / max(sum(b.size for b in seen), 1)
         capturing = each * sum(b.size for b in samples)
         if goal is not None:
             about = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-            kept = Database.at(database or Path(folder) / "solved")
+            kept = store or Database.at(Path(folder) / "solved")
             fixed = overridden(recipe, found)
             grids, _ = calibrate(net, samples, found.units, wanted)
             bits = {name: grid.bits for name, grid in grids.items()}
-            setting = Setting(net, found, samples, stats, fixed, grids, bits, base, about, kept)
+            setting = Setting(net, found, samples, stats, fixed, grids, bits, base, about, kept, basis)
             stage = allocate(setting, goal, progress, measuring=False)
             searching = time.perf_counter() - start - capturing + SECONDS * bool(samples)
             methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}
@@ -318,23 +322,6 @@ def _samples(
     samples = batches(data, batch_size)
     check(net, samples[0])
     return samples
-
-
-def _captured(
-    net: nn.Module, samples: list[Batch], units: tuple[Unit, ...], folder: Path, progress: Progress
-) -> dict[str, LayerStats]:
-    if not samples:
-        return {u.name: LayerStats.white(u.view.matrix_shape[1], u.groups, u.taps) for u in units}
-    size = sum(8 * u.groups * u.view.matrix_shape[1] ** 2 for u in units)
-    done = 0
-    progress("capture", 0, len(samples))
-
-    def on_batch() -> None:
-        nonlocal done
-        done += 1
-        progress("capture", done, len(samples))
-
-    return capture(net, samples, units, spill=folder if size > SPILL else None, on_batch=on_batch)
 
 
 def _repaired(

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from featherweight.activations import FloatInput
-from featherweight.allocate import NAMES, Allocation
+from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact
 from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone

@@ -1,0 +1,221 @@
+"""What the whole network costs with any choice of candidates, and the knapsack that follows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+from torch import nn
+
+from featherweight.activations import ActivationGrid
+from featherweight.artifact.write import to_bytes
+from featherweight.candidates import (
+    FLOAT,
+    Candidate,
+    channels_read,
+    live,
+    weight_bits,
+)
+from featherweight.errors import InfeasibleError
+from featherweight.knapsack import Menu, front
+from featherweight.layers import Scan, Unit
+from featherweight.packing import packed
+from featherweight.search import Choices, Task
+from featherweight.weights import Weight
+
+MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
+SETTLING = 4  # times that the size of everything but the weights is looked at again
+NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs"}
+POINTS = 8  # policies of the front that are measured
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What one weight becomes. rise: its share of the predicted distance to the dense outputs."""
+
+    name: str
+    method: str
+    bytes: int
+    macs: int
+    bops: int
+    rise: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A policy of the front; bytes: of the whole file. predicted, measured: distance to the dense outputs, the latter
+    None where it was not measured; metrics: of the network with the candidates in place, where they were measured."""
+
+    bytes: int
+    predicted: float
+    measured: float | None = None
+    metrics: dict[str, float] | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The outcome. limits, floor: by budget ('bytes' of the whole file, 'macs', 'bops'), the latter the smallest that
+    is reachable. predicted: the sum of the scores; first: the measured distance of the score's own policy, measured: of
+    the chosen one, both None where there was nothing to measure on; policies: how many were measured. score: what the
+    scores are. front: of the first budget, from small to large. macs, bops: of the network as it was stored, counted
+    again, for one sample; dense_macs: before."""
+
+    chosen: tuple[Chosen, ...]
+    limits: dict[str, int]
+    floor: dict[str, int]
+    predicted: float
+    first: float | None
+    measured: float | None
+    policies: int
+    score: str
+    front: tuple[Point, ...] = ()
+    macs: int = 0
+    dense_macs: int = 0
+    bops: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Allocator:
+    """The candidates of a network, and what the whole file costs with any choice of them. grids, about: see
+    `packing.packed`. coupled: see `couplings`; positions: how often each unit's matrix is used for one sample;
+    input_bits: see `solve_candidates`."""
+
+    net: nn.Module
+    found: Scan
+    candidates: Mapping[str, tuple[Candidate, ...]]
+    grids: dict[str, ActivationGrid]
+    about: dict[str, Any]
+    coupled: Mapping[str, str]
+    positions: Mapping[str, float]
+    input_bits: Mapping[str, int]
+
+    def size(self, choices: Choices) -> int:
+        """Bytes of the whole file, but for a few."""
+        taken = self.taken(choices)
+        solutions = {name: c.solution for name, c in taken.items()}
+        methods = {name: c.final for name, c in taken.items()}
+        artifact, _ = packed(self.net, self.found, methods, solutions, self.about, self.grids)
+        return len(to_bytes(artifact))
+
+    def costs(self, choices: Choices, budgets: Sequence[str]) -> dict[str, int]:
+        """By budget, bytes being those of the weights alone, MACs and BOPs without the rows that nothing reads."""
+        taken = self.taken(choices)
+        computed = self.counted({name: c.solution.weight for name, c in taken.items()}) if self.coupled else None
+        return {
+            b: sum(getattr(c, b) for c in taken.values()) if b == "bytes" or computed is None else computed[b]
+            for b in budgets
+        }
+
+    def counted(self, weights: Mapping[str, Weight]) -> dict[str, int]:
+        """MACs and BOPs of the network with these weights, counted again."""
+        own = [self._counted(u, weights) for u in self.found.units]
+        return {"macs": sum(m for m, _ in own), "bops": sum(b for _, b in own)}
+
+    def _counted(self, unit: Unit, weights: Mapping[str, Weight]) -> tuple[int, int]:
+        units = {u.name: u for u in self.found.units}
+        reader = self.coupled.get(unit.name)
+        needed = None if reader is None else channels_read(weights[reader], units[reader])
+        macs = round(self.positions[unit.name] * live(weights[unit.name], unit, needed))
+        return macs, macs * weight_bits(weights[unit.name]) * (self.input_bits.get(unit.name, 0) or FLOAT)
+
+    def taken(self, choices: Choices) -> dict[str, Candidate]:
+        return {u.name: self.candidates[u.name][c] for u, c in zip(self.found.units, choices, strict=True)}
+
+    def cheapest(self, budget: str) -> Choices:
+        own = [self.candidates[u.name] for u in self.found.units]
+        return tuple(min(range(len(rows)), key=lambda i: getattr(rows[i], budget)) for rows in own)
+
+    def menus(self, budgets: Sequence[str]) -> tuple[Menu, ...]:
+        """With a cost for each budget, each unit's alone: with couplings their sum is more than the true cost."""
+        return tuple(
+            Menu(
+                np.array([[getattr(c, b) for b in budgets] for c in self.candidates[u.name]], np.int64),
+                np.array([c.rise for c in self.candidates[u.name]], np.float64),
+            )
+            for u in self.found.units
+        )
+
+    def around(self, budgets: Sequence[str], now: Choices) -> tuple[Menu, ...]:
+        """The menus linearised at a policy: what the whole network costs when one unit changes, so that they sum to the
+        true cost there."""
+        start = self.costs(now, budgets)
+        own = [self._own(i, now, budgets) for i in range(len(now))]
+        menus = []
+        for i, (unit, menu) in enumerate(zip(self.found.units, self.menus(budgets), strict=True)):
+            costs = menu.costs.copy()
+            if unit.name in self.coupled or unit.name in self.coupled.values():
+                for j in range(len(costs)):
+                    there = self.costs((*now[:i], j, *now[i + 1 :]), budgets)
+                    costs[j] = [own[i][b] + there[b] - start[b] for b in budgets]
+            menus.append(Menu(np.maximum(costs, 0), menu.losses))
+        return tuple(menus)
+
+    def _own(self, i: int, now: Choices, budgets: Sequence[str]) -> dict[str, int]:
+        unit = self.found.units[i]
+        macs, bops = self._counted(unit, {n: c.solution.weight for n, c in self.taken(now).items()})
+        own = {"bytes": self.candidates[unit.name][now[i]].bytes, "macs": macs, "bops": bops}
+        return {b: own[b] for b in budgets}
+
+    def floor(self, budgets: Sequence[str]) -> dict[str, int]:
+        """The smallest reachable cost by each budget alone, bytes of the whole file."""
+        least = {b: self.cheapest(b) for b in budgets}
+        return {b: self.size(c) + MARGIN if b == "bytes" else self.costs(c, [b])[b] for b, c in least.items()}
+
+    def task(self, limits: Mapping[str, int]) -> Task:
+        """The knapsack for these limits, that of bytes lowered by what the rest of the file takes.
+
+        Raises:
+            InfeasibleError: a limit is below its floor, which is named; or no policy stays within all.
+        """
+        budgets = list(limits)
+        menus = self.menus(budgets)
+        for b, least in self.floor(budgets).items():
+            if limits[b] < least:
+                unit = NAMES[b]
+                what = "file has" if b == "bytes" else f"number of {unit} is"
+                least = f"{least:,} bytes" if b == "bytes" else f"{least:,}"
+                raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {what} {least}")
+        choices, task = self.cheapest(budgets[0]), None
+        for _ in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
+            over = self._rest(choices) + MARGIN if "bytes" in limits else 0
+            inner = {b: limits[b] - (over if b == "bytes" else 0) for b in budgets}
+            if self.coupled and task is not None and {"macs", "bops"} & set(budgets):
+                menus = self.around(budgets, choices)
+            task = Task(menus, tuple(inner.values()), self._meets(inner) if self.coupled else None)
+            again = task.solve()
+            if again == choices:
+                break
+            choices = again
+        assert task is not None
+        return task
+
+    def _rest(self, choices: Choices) -> int:
+        """Bytes of the file that are not the weights'."""
+        return self.size(choices) - self.costs(choices, ["bytes"])["bytes"]
+
+    def _meets(self, limits: Mapping[str, int]) -> Callable[[Choices], bool]:
+        return lambda choices: all(c <= limits[b] for b, c in self.costs(choices, list(limits)).items())
+
+    def front(self, budget: str) -> list[tuple[Choices, Point]]:
+        """Every policy that is optimal for what it costs, by the score; from small to large."""
+        policies = front(self.menus([budget]))
+        least = policies[0].choices
+        over = self._rest(least)
+        return [(p.choices, Point(over + self.costs(p.choices, ["bytes"])["bytes"], p.loss)) for p in policies]
+
+
+def chosen(allocator: Allocator, choices: Choices) -> tuple[Chosen, ...]:
+    return tuple(
+        Chosen(name, c.final.label, c.bytes, c.macs, c.bops, c.rise) for name, c in allocator.taken(choices).items()
+    )
+
+
+def spread(points: Sequence[tuple[Choices, Point]], count: int = POINTS) -> list[int]:
+    """Which points of a front to measure: evenly spread in the logarithm of their bytes."""
+    sizes = np.log([p.bytes for _, p in points])
+    wanted = np.linspace(sizes[0], sizes[-1], count)
+    return sorted({int(np.abs(sizes - x).argmin()) for x in wanted})
