@@ -4,7 +4,8 @@
     python -m bench.allocate targets [--only resnet20_cifar10]
 
 `prediction`: random policies, every layer at a random rate; three predictions of each (the sum of the second-order
-scores; the distance to the dense outputs on held-out calibration images, before and after BatchNorm is corrected)
+scores; the distance to the dense outputs on held-out calibration images, before and after BatchNorm is corrected, as
+the search measures it)
 against the accuracy over the whole test set after the correction: Spearman correlations and a scatter plot.
 
 `targets`: the files of `compress --target` by what may be chosen from, and the largest uniform setting that is not
@@ -89,11 +90,12 @@ def zoo(path: Path) -> Any:
     return module
 
 
-def rates(with_pairs: bool) -> list[Method]:
-    """From coarse to fine."""
+def rates() -> list[Method]:
+    """From coarse to fine, about 1.5 to 5 bits a weight."""
     grids: list[Method] = [Gptq(GridSpec(b)) for b in (2, 3, 4, 5)]
-    pairs: list[Method] = [PruneQuantize(Obs(Unstructured(0.5)), Gptq(GridSpec(b))) for b in (3, 4)]
-    return [grids[0], *pairs[:1], grids[1], *pairs[1:], *grids[2:]] if with_pairs else grids
+    half: list[Method] = [PruneQuantize(Obs(Unstructured(0.5)), Gptq(GridSpec(b))) for b in (3, 4)]
+    most: list[Method] = [PruneQuantize(Obs(Unstructured(s)), Gptq(GridSpec(3))) for s in (0.85, 0.7)]
+    return [*most, grids[0], half[0], grids[1], half[1], *grids[2:]]
 
 
 @torch.no_grad()
@@ -103,7 +105,7 @@ def prediction(net: nn.Module, data: Any, test: Any, policies: int, seed: int = 
     solving, _ = split(samples)
     stats = capture(net, solving, units)
     scores = sensitivity(net, solving, units)
-    methods = rates(with_pairs=True)
+    methods = rates()
     count = sum(b.size for b in solving)
     with tempfile.TemporaryDirectory() as folder:
         store = Database.at(Path(folder) / "solved")
@@ -249,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("prediction", "targets"))
     parser.add_argument("--only", action="append")
-    parser.add_argument("--policies", type=int, default=48)
+    parser.add_argument("--policies", type=int, default=40)
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
     options = parser.parse_args()
     store = RESULTS / "allocate.json"

@@ -5,9 +5,11 @@
 The second stage, solving the chosen methods well, is the ordinary line of `pipeline.compress`.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -21,6 +23,7 @@ from featherweight.candidates import (
     Candidate,
     forms,
     solve_candidates,
+    uses,
 )
 from featherweight.coupling import couplings
 from featherweight.data import Batch, cut, split
@@ -28,7 +31,7 @@ from featherweight.database import Database, fingerprint
 from featherweight.errors import UsageError
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Method, Solution
-from featherweight.repair.correct import Reference, Repair
+from featherweight.repair.correct import Reference
 from featherweight.search import Choices, Judge, Task, search
 from featherweight.sensitivity import Sensitivity, sensitivity
 from featherweight.stats import LayerStats
@@ -37,7 +40,6 @@ from featherweight.target import Baselines, Goal
 EFFORT = 2e12  # multiply-adds that the search may spend on measuring policies
 SECONDS = 60  # that this takes, about
 MOST, LEAST = 80, 12  # policies that it measures
-FAR = 2.0  # times the distance: less may be chance, as the network has been trained on such data
 CORRECTING = 256  # samples that a measured policy is corrected on
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -53,8 +55,8 @@ def effort(macs: int, samples: int) -> int:
 class Setting:
     """What the stage works with. samples: none means without data. stats: of the samples that may be solved on. fixed:
     methods that are not for choice, by unit name. grids, input_bits: of the units' inputs. base: bytes of the dense
-    network. basis: a fingerprint of network and samples, None where nothing is kept. evaluate: for the points of a
-    front."""
+    network. folder: empty, for gradients that are large. correcting: whether statistics will be. basis: a fingerprint
+    of network and samples, None where nothing is kept. evaluate: for the points of a front."""
 
     net: nn.Module
     found: Scan
@@ -66,6 +68,8 @@ class Setting:
     base: Baselines
     about: dict[str, Any]
     store: Database
+    folder: Path
+    correcting: bool = True
     basis: str | None = None
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
 
@@ -88,15 +92,6 @@ class Stage:
         return {name: c.final for name, c in self.allocator.taken(self.choices).items()}
 
     @property
-    def first_methods(self) -> dict[str, Method]:
-        """The methods of the candidates themselves, which `solutions` are of."""
-        return {name: c.method for name, c in self.allocator.taken(self.choices).items()}
-
-    @property
-    def solutions(self) -> dict[str, Solution]:
-        return {name: c.solution for name, c in self.allocator.taken(self.choices).items()}
-
-    @property
     def bytes(self) -> int:
         """Predicted, of the whole file."""
         return self.allocator.size(self.choices) + MARGIN
@@ -105,22 +100,22 @@ class Stage:
         """The outcome, with MACs and BOPs of what was stored."""
         return replace(self.outcome, **self.allocator.counted({name: s.weight for name, s in solutions.items()}))
 
-    def beats(self, outcome: Repair) -> bool:
-        """Whether the candidates themselves were measured to be far closer to the dense outputs than what came of
-        it."""
-        after = outcome.after if outcome.applied else outcome.before
-        return self.outcome.measured is not None and after is not None and FAR * self.outcome.measured < after
+    def over(self, size: int, solutions: Mapping[str, Solution]) -> dict[str, int]:
+        """By how much a file of `size` bytes with these solutions misses each limit, those that hold left out."""
+        there = {"bytes": size} | self.allocator.counted({name: s.weight for name, s in solutions.items()})
+        return {b: there[b] - limit for b, limit in self.outcome.limits.items() if there[b] > limit}
 
-    def tighter(self, bytes_over: int) -> "Stage":
-        """With so many bytes less for the file: by the score, nothing is measured again.
+    def tighter(self, over: Mapping[str, int]) -> "Stage":
+        """With so much less of each budget than now: by the score, nothing is measured again.
 
         Raises:
             InfeasibleError: nothing is that small.
         """
-        limits = self.limits | {"bytes": self.limits["bytes"] - bytes_over}
+        limits = {b: limit - over.get(b, 0) for b, limit in self.limits.items()}
         task = self.allocator.task(limits)
         choices = task.solve(self.trust)
-        outcome = replace(self.outcome, chosen=chosen(self.allocator, choices), measured=None)
+        rows = chosen(self.allocator, choices)
+        outcome = replace(self.outcome, chosen=rows, predicted=sum(c.rise for c in rows), measured=None)
         return replace(self, limits=limits, task=task, choices=choices, outcome=outcome)
 
 
@@ -140,14 +135,14 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     tried = {
         u.name: [setting.fixed[u.name]] if u.name in setting.fixed else forms(u, goal, bool(samples)) for u in units
     }
+    positions = {u.name: uses(setting.stats[u.name], count) for u in units}
+    macs = sum(round(positions[u.name] * u.params) for u in units if u.kind != "embedding")
+    limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2)
     candidates, what = _candidates(setting, tried, solving, progress)
     coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.macs is not None else {}
-    positions = {u.name: int(setting.stats[u.name].samples.max()) / max(count, 1) for u in units}
     allocator = Allocator(
         net, setting.found, candidates, setting.grids, setting.about, coupled, positions, setting.input_bits
     )
-    macs = sum(round(positions[u.name] * u.params) for u in units)
-    limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2)
     task = allocator.task(limits)
     judge = _judge(setting, candidates, judging) if measuring else None
     if judge is None:
@@ -155,7 +150,12 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         first, measured, policies, trust = None, None, 0, np.ones(len(units))
     else:
         most = goal.measurements or effort(macs, sum(b.size for b in judging) + CORRECTING)
-        found = search(task, judge, most, lambda done, total: progress("search", done, total) is None)
+
+        def told(done: int, total: int) -> bool:
+            progress("search", done, total)
+            return True
+
+        found = search(task, judge, most, told)
         known = math.isfinite(found.loss)
         choices, first, measured = found.choices, found.first if known else None, found.loss if known else None
         policies, trust = found.measured, np.array(found.trust)
@@ -186,9 +186,10 @@ def _candidates(
     key = None if basis is None else fingerprint("rises", basis, {n: list(m) for n, m in tried.items()})
     kept = None if key is None else setting.store.tensors(key)
     if kept is not None:
-        order = iter(kept["rises"].tolist())
-        return _solved(setting, tried, solving, lambda *_: next(order), progress), _what(int(kept["missing"]))
-    scores, what = _scores(setting.net, solving, units, progress)
+        order, missing = iter(kept["rises"].tolist()), [units[i].name for i in kept["missing"].tolist()]
+        found = _solved(setting, tried, solving, lambda *_: next(order), progress)
+        return _on_one_scale(found, missing), _what(len(missing))
+    scores, what = _scores(setting, solving, progress)
     rises: list[float] = []
 
     def rise(unit: Unit, method: Method, solution: Solution) -> float:
@@ -200,10 +201,21 @@ def _candidates(
         return rises[-1]
 
     found = _solved(setting, tried, solving, rise, progress)
-    if key is not None and scores is not None:
-        missing = torch.tensor(len(units) - len(scores.gradients))
-        setting.store.keep(key, {"rises": torch.tensor(rises, dtype=torch.float64), "missing": missing})
-    return found, what
+    if scores is None:
+        return found, what
+    missing = [i for i, u in enumerate(units) if u.name not in scores.gradients]
+    if key is not None:
+        tensors = {"rises": torch.tensor(rises, dtype=torch.float64), "missing": torch.tensor(missing).long()}
+        setting.store.keep(key, tensors)
+    return _on_one_scale(found, [units[i].name for i in missing]), what
+
+
+def _on_one_scale(found: dict[str, tuple[Candidate, ...]], missing: Sequence[str]) -> dict[str, tuple[Candidate, ...]]:
+    """Relative errors of the `missing` units brought to what such errors of the other units rise by, half of them less
+    and half of them more."""
+    known = [c for name, rows in found.items() if name not in missing for c in rows if c.solution.relative_error > 0]
+    scale = float(np.median([c.rise / c.solution.relative_error for c in known])) if known else 1.0
+    return found | {name: tuple(replace(c, rise=c.rise * scale) for c in found[name]) for name in missing}
 
 
 def _solved(
@@ -218,14 +230,15 @@ def _solved(
     return solve_candidates(*layers, rise, tried, setting.fixed, setting.input_bits, count, setting.store, progress)
 
 
-def _scores(
-    net: nn.Module, solving: Sequence[Batch], units: Sequence[Unit], progress: Progress
-) -> tuple[Sensitivity | None, str]:
+def _scores(setting: Setting, solving: Sequence[Batch], progress: Progress) -> tuple[Sensitivity | None, str]:
     """The sensitivity, and what the scores are, for people."""
+    net, units = setting.net, setting.found.units
     if not solving:
         return None, "relative change of each weight: there are no data"
     try:
-        found = sensitivity(net, solving, units, on_pass=lambda done, total: progress("score", done, total))
+        found = sensitivity(
+            net, solving, units, spill=setting.folder, on_pass=lambda done, total: progress("score", done, total)
+        )
     except (UsageError, RuntimeError) as error:  # a network may refuse gradients, or smaller batches
         return None, f"relative layer errors, as the network gives no gradients: {error}"[:200]
     return found, _what(len(units) - len(found.gradients))
@@ -243,7 +256,7 @@ def _judge(setting: Setting, candidates: Mapping[str, tuple[Candidate, ...]], ju
     assert reference.outputs is not None
     if not math.isfinite(reference.outputs.distance(setting.net)):
         return None
-    return Judge(setting.net, reference, setting.found.units, candidates, setting.grids)
+    return Judge(setting.net, reference, setting.found.units, candidates, setting.grids, setting.correcting)
 
 
 def _front(
@@ -254,6 +267,6 @@ def _front(
         for i in spread(points):
             choices, point = points[i]
             measured = float(judge(choices).mean())
-            metrics = None if evaluate is None else evaluate(judge.network(choices))
+            metrics = None if evaluate is None else evaluate(copy.deepcopy(judge.network(choices)))
             points[i] = choices, replace(point, measured=measured, metrics=metrics)
     return tuple(point for _, point in points)

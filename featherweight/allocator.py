@@ -1,7 +1,7 @@
 """What the whole network costs with any choice of candidates, and the knapsack that follows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
@@ -82,7 +82,7 @@ class Allocation:
 class Allocator:
     """The candidates of a network, and what the whole file costs with any choice of them. grids, about: see
     `packing.packed`. coupled: see `couplings`; positions: how often each unit's matrix is used for one sample;
-    input_bits: see `solve_candidates`."""
+    input_bits: see `solve_candidates`. known: what was counted before."""
 
     net: nn.Module
     found: Scan
@@ -92,6 +92,7 @@ class Allocator:
     coupled: Mapping[str, str]
     positions: Mapping[str, float]
     input_bits: Mapping[str, int]
+    known: dict[tuple[int, int, int], dict[str, int]] = field(default_factory=dict)
 
     def size(self, choices: Choices) -> int:
         """Bytes of the whole file, but for a few."""
@@ -104,23 +105,39 @@ class Allocator:
     def costs(self, choices: Choices, budgets: Sequence[str]) -> dict[str, int]:
         """By budget, bytes being those of the weights alone, MACs and BOPs without the rows that nothing reads."""
         taken = self.taken(choices)
-        computed = self.counted({name: c.solution.weight for name, c in taken.items()}) if self.coupled else None
-        return {
-            b: sum(getattr(c, b) for c in taken.values()) if b == "bytes" or computed is None else computed[b]
-            for b in budgets
-        }
+        found = {b: sum(getattr(c, b) for c in taken.values()) for b in budgets}
+        if self.coupled and {"macs", "bops"} & set(budgets):
+            own = [self._own(i, choices) for i in range(len(choices))]
+            found |= {b: sum(x[b] for x in own) for b in budgets if b != "bytes"}
+        return found
 
     def counted(self, weights: Mapping[str, Weight]) -> dict[str, int]:
         """MACs and BOPs of the network with these weights, counted again."""
-        own = [self._counted(u, weights) for u in self.found.units]
-        return {"macs": sum(m for m, _ in own), "bops": sum(b for _, b in own)}
-
-    def _counted(self, unit: Unit, weights: Mapping[str, Weight]) -> tuple[int, int]:
         units = {u.name: u for u in self.found.units}
-        reader = self.coupled.get(unit.name)
-        needed = None if reader is None else channels_read(weights[reader], units[reader])
-        macs = round(self.positions[unit.name] * live(weights[unit.name], unit, needed))
-        return macs, macs * weight_bits(weights[unit.name]) * (self.input_bits.get(unit.name, 0) or FLOAT)
+        own = [
+            self._counted(u, weights[u.name], units.get(r := self.coupled.get(u.name, "")), weights.get(r))
+            for u in self.found.units
+        ]
+        return {b: sum(x[b] for x in own) for b in ("macs", "bops")}
+
+    def _counted(self, unit: Unit, weight: Weight, reader: Unit | None, reading: Weight | None) -> dict[str, int]:
+        needed = None if reader is None or reading is None else channels_read(reading, reader)
+        macs = round(self.positions[unit.name] * live(weight, unit, needed))
+        return {"macs": macs, "bops": macs * weight_bits(weight) * (self.input_bits.get(unit.name, 0) or FLOAT)}
+
+    def _own(self, i: int, choices: Choices) -> dict[str, int]:
+        """What one unit costs beside the others, each case counted once."""
+        unit = self.found.units[i]
+        names = [u.name for u in self.found.units]
+        r = names.index(self.coupled[unit.name]) if unit.name in self.coupled else i
+        key = i, choices[i], choices[r]
+        if key not in self.known:
+            weight = self.candidates[unit.name][choices[i]].solution.weight
+            reader = self.found.units[r] if r != i else None
+            reading = self.candidates[names[r]][choices[r]].solution.weight if r != i else None
+            size = {"bytes": self.candidates[unit.name][choices[i]].bytes}
+            self.known[key] = size | self._counted(unit, weight, reader, reading)
+        return self.known[key]
 
     def taken(self, choices: Choices) -> dict[str, Candidate]:
         return {u.name: self.candidates[u.name][c] for u, c in zip(self.found.units, choices, strict=True)}
@@ -143,7 +160,7 @@ class Allocator:
         """The menus linearised at a policy: what the whole network costs when one unit changes, so that they sum to the
         true cost there."""
         start = self.costs(now, budgets)
-        own = [self._own(i, now, budgets) for i in range(len(now))]
+        own = [self._own(i, now) for i in range(len(now))]
         menus = []
         for i, (unit, menu) in enumerate(zip(self.found.units, self.menus(budgets), strict=True)):
             costs = menu.costs.copy()
@@ -153,12 +170,6 @@ class Allocator:
                     costs[j] = [own[i][b] + there[b] - start[b] for b in budgets]
             menus.append(Menu(np.maximum(costs, 0), menu.losses))
         return tuple(menus)
-
-    def _own(self, i: int, now: Choices, budgets: Sequence[str]) -> dict[str, int]:
-        unit = self.found.units[i]
-        macs, bops = self._counted(unit, {n: c.solution.weight for n, c in self.taken(now).items()})
-        own = {"bytes": self.candidates[unit.name][now[i]].bytes, "macs": macs, "bops": bops}
-        return {b: own[b] for b in budgets}
 
     def floor(self, budgets: Sequence[str]) -> dict[str, int]:
         """The smallest reachable cost by each budget alone, bytes of the whole file."""
@@ -179,14 +190,24 @@ class Allocator:
                 what = "file has" if b == "bytes" else f"number of {unit} is"
                 least = f"{least:,} bytes" if b == "bytes" else f"{least:,}"
                 raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {what} {least}")
-        choices, task = self.cheapest(budgets[0]), None
-        for _ in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
+        choices, task, safe = self.cheapest(budgets[0]), None, None
+        linear = bool(self.coupled and {"macs", "bops"} & set(budgets))
+        for turn in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
             over = self._rest(choices) + MARGIN if "bytes" in limits else 0
             inner = {b: limits[b] - (over if b == "bytes" else 0) for b in budgets}
-            if self.coupled and task is not None and {"macs", "bops"} & set(budgets):
+            meets = self._meets(inner) if linear else None
+            if meets is not None and meets(choices):
+                safe = choices
+            if linear and turn > 0:  # at first every unit pays for all its rows, which is more than the truth
                 menus = self.around(budgets, choices)
-            task = Task(menus, tuple(inner.values()), self._meets(inner) if self.coupled else None)
-            again = task.solve()
+            task = Task(menus, tuple(inner.values()), meets, safe)
+            try:
+                again = task.solve()
+            except InfeasibleError as error:
+                asked = ", ".join(f"{n:,} {NAMES[b]}" for b, n in limits.items())
+                least = ", ".join(f"{n:,} {NAMES[b]}" for b, n in self.floor(budgets).items())
+                what = "no policy was found within" if len(budgets) == 1 else "no policy was found that keeps together"
+                raise InfeasibleError(f"{what} {asked}; each alone reaches {least}") from error
             if again == choices:
                 break
             choices = again

@@ -32,6 +32,7 @@ from featherweight.methods import (
 from featherweight.stats import LayerStats
 from featherweight.target import Among, Goal
 from featherweight.weights import Grid, Sparse, Weight
+from featherweight.weights.masks import ChannelMap, RowMap
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -125,7 +126,7 @@ def solve_candidates(
     for unit in units:
         w = unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
         seen = stats[unit.name]
-        positions = int(seen.samples.max()) / max(samples, 1)  # of one sample
+        positions = uses(seen, samples)
         rows: list[Candidate] = []
         shared = Shared()
         for method in methods[unit.name]:
@@ -150,21 +151,30 @@ def _useful(rows: list[Candidate]) -> tuple[Candidate, ...]:
 
 
 def live(weight: Weight, unit: Unit, needed: Tensor | None = None) -> int:
-    """Multiplications of one use of a matrix: rows without any weight and input channels without any are left out, and
-    rows that are not `needed`, (rows,) bool. Single zeros are not: no plain hardware skips them."""
+    """Multiplications of one use of a matrix: whole rows and input channels that were removed are left out, and rows
+    that are not `needed`, (rows,) bool. Single zeros are not: no plain hardware skips them. None for an embedding,
+    which multiplies nothing."""
     rows, cols = weight.shape
-    if needed is None and not isinstance(weight, Sparse):
+    if unit.kind == "embedding":
+        return 0
+    removed = isinstance(weight, Sparse) and isinstance(weight.form, RowMap | ChannelMap)
+    if needed is None and not removed:
         return rows * cols
-    mask = weight.mask if isinstance(weight, Sparse) else torch.ones(rows, cols, dtype=torch.bool)
+    mask = weight.mask if isinstance(weight, Sparse) and removed else torch.ones(rows, cols, dtype=torch.bool)
     mask = mask if needed is None else mask & needed[:, None]
     parts = mask.reshape(unit.groups, rows // unit.groups, cols // unit.taps, unit.taps).any(dim=3)
     return int((parts.any(dim=2).sum(dim=1) * parts.any(dim=1).sum(dim=1)).sum()) * unit.taps
 
 
+def uses(stats: LayerStats, samples: int) -> float:
+    """How often a matrix is used for one sample; of a transposed convolution, the positions of its output."""
+    return float(stats.samples.double().mean()) / max(samples, 1)
+
+
 def channels_read(weight: Weight, unit: Unit) -> Tensor:
     """Which input channels have any weight, (channels,) bool; of a unit without groups."""
     channels = weight.shape[1] // unit.taps
-    if not isinstance(weight, Sparse):
+    if not (isinstance(weight, Sparse) and isinstance(weight.form, ChannelMap)):
         return torch.ones(channels, dtype=torch.bool)
     return weight.mask.reshape(-1, channels, unit.taps).any(dim=2).any(dim=0)
 

@@ -2,7 +2,6 @@
 1 a file or a layer is bad, 2 the request is wrong, 3 the target cannot be reached."""
 
 import json
-import math
 import os
 import sys
 import warnings
@@ -23,12 +22,13 @@ from featherweight.artifact import fill, read
 from featherweight.database import Database, DatabaseWarning
 from featherweight.errors import FeatherweightError, UsageError
 from featherweight.finetune import Finetune
-from featherweight.picture import save_front
+from featherweight.picture import check_front, save_front
 from featherweight.pipeline import Plan, compress, plan, settle
 from featherweight.proof import meter, prove
 from featherweight.recipe import Recipe, method_of, read_recipe
 from featherweight.report import (
     allocation_lines,
+    finite,
     float_inputs_lines,
     left_alone_table,
     rows_of,
@@ -126,6 +126,8 @@ def compress_command(
         Database.at(database)
     settings = method, bits, sparsity, pattern, group, symmetric
     goal = _goal(target, target_macs, target_bops, among, measurements, front)
+    if front is not None:
+        check_front(front, output)
     chosen = _recipe(*settings, goal, recipe, include, exclude, no_repair, activations, sequential)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     unproved = output.with_name(f".{output.name}.unproved")
@@ -375,17 +377,7 @@ def _plan_table(found: Plan) -> Table:
 
 
 def _print_json(value: Any) -> None:
-    def plain(item: Any) -> Any:  # JSON has no NaN
-        match item:
-            case float():
-                return item if math.isfinite(item) else None
-            case dict():
-                return {k: plain(v) for k, v in item.items()}
-            case list() | tuple():
-                return [plain(v) for v in item]
-        return item
-
-    typer.echo(json.dumps(plain(value), indent=1, allow_nan=False))
+    typer.echo(json.dumps(finite(value), indent=1, allow_nan=False))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ they had one before, are those that only these channels read. A layer counts as 
 the same numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,7 @@ from featherweight.layers import Unit
 from featherweight.repair.distance import outputs
 
 
-def couplings(
-    net: nn.Module, batch: Batch, units: Sequence[Unit], on_unit: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, str]:
+def couplings(net: nn.Module, batch: Batch, units: Sequence[Unit]) -> dict[str, str]:
     """For each unit whose rows are read by one other unit alone, row i as channel i: the name of that other unit.
 
     Args:
@@ -33,8 +31,7 @@ def couplings(
         for p in parameters.values():
             p.requires_grad_(True)
         before = _alive(net, batch, units, parameters)
-        for n, reader in enumerate(units):
-            on_unit(n + 1, len(units))
+        for reader in units:
             channels = reader.view.matrix_shape[1] // reader.taps
             if reader.groups > 1 or channels < 2 or reader.kind == "embedding":
                 continue
@@ -42,11 +39,13 @@ def couplings(
             saved = parameters[reader.name].detach().clone()
             matrix = reader.view.matrix(saved).clone()
             matrix[:, odd.repeat_interleave(reader.taps)] = 0
-            with torch.no_grad():
-                parameters[reader.name].copy_(reader.view.tensor(matrix))
-            after = _alive(net, batch, units, parameters)
-            with torch.no_grad():
-                parameters[reader.name].copy_(saved)
+            try:
+                with torch.no_grad():
+                    parameters[reader.name].copy_(reader.view.tensor(matrix))
+                after = _alive(net, batch, units, parameters)
+            finally:
+                with torch.no_grad():
+                    parameters[reader.name].copy_(saved)
             for unit in units:
                 gone = before[unit.name] & ~after[unit.name]
                 same = len(gone) == channels and gone.any() and torch.equal(gone, odd & before[unit.name])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 
+from featherweight.calls import eager
 from featherweight.data import Batch, batches, device_of
 from featherweight.errors import UsageError, require
 from featherweight.layers import Unit
@@ -30,7 +31,7 @@ SMALLEST = 0.01  # of a tensor: its root mean square counts as at least this, so
 @final
 @dataclass(frozen=True, slots=True)
 class Finetune:
-    """data: training inputs, as `compress` takes them; a Dataset is shuffled every epoch, a DataLoader read again.
+    """data: training inputs, as `compress` takes them; a Dataset is shuffled every epoch, anything else read again.
     learning_rate: of Adam, relative to the root mean square of every tensor, falling to zero as a cosine. labels: share
     of the loss that is cross-entropy with the data's labels."""
 
@@ -74,7 +75,7 @@ def finetune(
     compressed = {n for u in units for n in u.names}
     others = {n: p for n, p in small.named_parameters() if n not in compressed and p.is_floating_point()}
     start = {(u.name, f): t.float() for u in units for f, t in continuous[u.name].items()}
-    start |= {("", n): p.detach().clone() for n, p in others.items()}
+    start |= {("", n): p.detach().clone().to(_exact(p)) for n, p in others.items()}
     size = {k: _size(t) for k, t in start.items()}
     steps = {k: torch.zeros_like(t).requires_grad_() for k, t in start.items()}
 
@@ -82,34 +83,37 @@ def finetune(
         return start[key] + size[key] * steps[key]
 
     def decoded() -> dict[str, Tensor]:
-        state = {n: current(("", n)) for n in others}
+        state = {n: current(("", n)).to(p.dtype) for n, p in others.items()}
         for u in units:
             weight = _replaced(weights[u.name], {f: current((u.name, f)) for f in continuous[u.name]})
-            state[u.name] = u.view.tensor(weight.dense()).to(device)
+            state[u.name] = u.view.tensor(weight.dense()).to(small.get_parameter(u.name))
         return state
 
     optimizer = torch.optim.Adam(list(steps.values()), lr=how.learning_rate)
     losses: list[float] = []
-    total, done = 0, 0
+    done, each = 0, 0
     for epoch in range(how.epochs):
-        seen, lost = 0, 0.0
-        for batch in _epoch(how, epoch):
-            total = total or how.epochs * _batches_an_epoch(how)
+        here = list(_epoch(how, epoch))
+        each, lost = each or len(here), 0.0
+        for sent in here:
             for group in optimizer.param_groups:
-                group["lr"] = how.learning_rate * (1 + math.cos(math.pi * min(done / max(total, 1), 1.0))) / 2
-            here = batch.to(device)
+                group["lr"] = how.learning_rate * (1 + math.cos(math.pi * min(done / (how.epochs * each), 1.0))) / 2
+            batch = sent.to(device)
             with torch.no_grad():
-                want = list(outputs(here.run(dense)))
-            out = functional_call(small, decoded(), here.args, here.kwargs)
-            loss = _loss(want, list(outputs(out)), here.target, how.labels)
-            if not torch.isfinite(loss):
-                raise UsageError(f"finetuning: the loss is {loss.item()} in epoch {epoch + 1}; lower the learning rate")
-            optimizer.zero_grad()
-            loss.backward()
+                want = list(outputs(batch.run(dense)))
+            # cuDNN has no gradients of recurrent layers in eval mode
+            with eager(), torch.backends.cudnn.flags(enabled=False):
+                out = functional_call(small, decoded(), batch.args, batch.kwargs)
+                loss = _loss(want, list(outputs(out)), batch.target, how.labels)
+                if not torch.isfinite(loss):
+                    cause = f"the loss is {loss.item()} in epoch {epoch + 1}; lower the learning rate"
+                    raise UsageError(f"finetuning: {cause}")
+                optimizer.zero_grad()
+                loss.backward()
             optimizer.step()
-            done, seen, lost = done + 1, seen + batch.size, lost + float(loss.detach()) * batch.size
-            progress("finetune", done, max(total, done))
-        losses.append(lost / max(seen, 1))
+            done, lost = done + 1, lost + float(loss.detach()) * batch.size
+            progress("finetune", done, how.epochs * each)
+        losses.append(lost / max(sum(b.size for b in here), 1))
     with torch.no_grad():
         for n, p in others.items():
             p.copy_(current(("", n)))
@@ -123,6 +127,26 @@ def finetune(
         for u in units:
             small.get_parameter(u.name).copy_(u.view.tensor(found[u.name].dense()))
     return found, Trained(tuple(losses))
+
+
+@torch.no_grad()
+def rehearse(net: nn.Module, how: Finetune) -> None:
+    """One batch through the network and the loss, so that data that do not fit are refused before the first expensive
+    step.
+
+    Raises:
+        UsageError: they do not.
+    """
+    batch = next(_epoch(how, 0)).to(device_of(net))
+    want = list(outputs(batch.run(net)))
+    if not want:
+        raise UsageError("the network's output holds no tensor of real numbers: nothing to finetune towards")
+    _loss(want, want, batch.target, how.labels)
+
+
+def _exact(parameter: Tensor) -> torch.dtype:
+    """What half precision is trained in."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _size(tensor: Tensor) -> float:
@@ -150,12 +174,6 @@ def _epoch(how: Finetune, epoch: int) -> Iterator[Batch]:
         yield from (b for item in loader for b in batches([item], how.batch_size))
     else:
         yield from batches(how.data, how.batch_size)
-
-
-def _batches_an_epoch(how: Finetune) -> int:
-    if isinstance(how.data, Dataset):
-        return -(-len(how.data) // how.batch_size)  # pyright: ignore[reportArgumentType]
-    return len(batches(how.data, how.batch_size))
 
 
 def _loss(want: list[Tensor], got: list[Tensor], target: Any, labels: float) -> Tensor:

@@ -1,12 +1,13 @@
 """Pictures for people: accuracy against bytes."""
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from featherweight.errors import UsageError
-from featherweight.report import Report
+from featherweight.report import Report, finite
 
 
 def front_of(report: Report) -> dict[str, Any]:
@@ -17,25 +18,31 @@ def front_of(report: Report) -> dict[str, Any]:
         "chosen": {
             "bytes": report.file_bytes,
             "predicted": report.allocation.predicted,
-            "measured": report.repair.after if report.repair.applied else report.repair.before,
+            "measured": report.allocation.measured,
             "metrics": report.after,
         },
         "points": [asdict(p) for p in report.allocation.front],
     }
 
 
-def save_front(report: Report, path: Path) -> None:
-    """Write the front as JSON, and a picture of the same name beside it.
+def check_front(path: Path, output: Path) -> None:
+    """Refuse a place that a front cannot be written to, before any work.
 
     Raises:
-        UsageError: matplotlib is not installed; the JSON is written all the same.
+        UsageError: the name is that of the picture or of the compressed file, or matplotlib is not installed.
     """
+    if path.suffix == ".png" or path.resolve() == output.resolve():
+        raise UsageError(f"--front names a JSON file, with a picture .png beside it; {path} cannot be it")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--front draws a picture, which needs matplotlib: pip install 'featherweight[plot]'")
+
+
+def save_front(report: Report, path: Path) -> None:
+    """Write the front as JSON, and a picture of the same name beside it."""
+    from matplotlib.figure import Figure
+
     front = front_of(report)
-    path.write_text(json.dumps(front, indent=1) + "\n")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError(f"{path} is written; for the picture: pip install 'featherweight[plot]'") from error
+    path.write_text(json.dumps(finite(front), indent=1, allow_nan=False) + "\n")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     name = next(iter(front["chosen"]["metrics"]), None)
@@ -54,7 +61,9 @@ def save_front(report: Report, path: Path) -> None:
         [x for x, _ in measured], [y for _, y in measured], "o-", label="measured, weights as the search solves them"
     )
     chosen = front["chosen"]
-    axes.plot([chosen["bytes"] / 1000], [height(chosen) or 0.0], "*", color="C3", markersize=14, label="the file")
+    there = height(chosen)
+    if there is not None:
+        axes.plot([chosen["bytes"] / 1000], [there], "*", color="C3", markersize=14, label="the file")
     if name is not None and name in front["dense"]["metrics"]:
         dense = front["dense"]["metrics"][name]
         axes.axhline(dense, color="0.5", linestyle=":", label=f"dense, {front['dense']['bytes'] / 1000:,.0f} kB")

@@ -4,7 +4,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from featherweight.candidates import forms
 from featherweight.data import Batch, batches, check, split
 from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
-from featherweight.finetune import Finetune
+from featherweight.finetune import Finetune, rehearse
 from featherweight.finetune import finetune as train
 from featherweight.layers import LeftAlone, Scan, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
@@ -138,6 +138,10 @@ def compress(
         raise UsageError("finetuning through rounded inputs does not work yet; leave out one of the two")
     original = _tensors(net)
     samples = _samples(net, data, methods, batch_size, wanted)
+    if finetune is not None:
+        finetune = replace(finetune, data=samples) if finetune.data is data else finetune
+        rehearse(net, finetune)
+        net.load_state_dict(original, strict=False)
     before = _metrics(evaluate, copy.deepcopy(net))
     about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
     seconds: dict[str, float] = {}
@@ -153,10 +157,10 @@ def compress(
         stage = None
         if goal is not None:
             with _timed(seconds, "allocate"):
-                kept = store or Database.at(Path(folder) / "solved")
-                fixed, judged = overridden(recipe, found), None if evaluate is None else _measured(evaluate)
-                bits = {name: grid.bits for name, grid in grids.items()}
-                setting = Setting(net, found, samples, stats, fixed, grids, bits, base, about, kept, basis, judged)
+                meter = None if evaluate is None else _measured(evaluate)
+                setting = _setting(
+                    net, found, recipe, samples, stats, grids, base, about, Path(folder), store, basis, meter
+                )
                 stage = allocate(setting, goal, progress)
                 net.load_state_dict(original, strict=False)
         while True:
@@ -171,16 +175,13 @@ def compress(
             with _timed(seconds, "repair"):
                 judged = samples if recipe.repair else []
                 small, outcome = _repaired(net, found, solutions, grids, judged, progress)
-                if stage is not None and stage.beats(outcome):  # what was measured holds
-                    methods, solutions = stage.first_methods, stage.solutions
-                    small, outcome = _repaired(net, found, solutions, grids, judged, progress)
                 net.load_state_dict(original, strict=False)
             artifact, rest = packed(small, found, methods, solutions, about, grids)
             data_read_back = to_bytes(artifact)
             size = len(data_read_back)
-            if stage is None or size <= (limit := stage.limits.get("bytes", size)):
+            if stage is None or not (over := stage.over(size, solutions)):
                 break
-            stage = stage.tighter(size - limit)  # scales came out as fp32: once more, with a little less
+            stage = stage.tighter(over)  # scales came out as fp32, or such: once more, with a little less
     trained = None
     if finetune is not None:
         with _timed(seconds, "finetune"):
@@ -192,6 +193,8 @@ def compress(
         artifact, rest = packed(small, found, methods, solutions, about, grids)
         data_read_back = to_bytes(artifact)
         size = len(data_read_back)
+        if stage is not None and (over := stage.over(size, solutions)):
+            raise InfeasibleError(f"finetuning made the file {over} too large; give a target that is so much smaller")
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(
@@ -247,11 +250,8 @@ def plan(
         capturing = each * sum(b.size for b in samples)
         if goal is not None:
             about = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-            kept = store or Database.at(Path(folder) / "solved")
-            fixed = overridden(recipe, found)
             grids, _ = calibrate(net, samples, found.units, wanted)
-            bits = {name: grid.bits for name, grid in grids.items()}
-            setting = Setting(net, found, samples, stats, fixed, grids, bits, base, about, kept, basis)
+            setting = _setting(net, found, recipe, samples, stats, grids, base, about, Path(folder), store, basis)
             stage = allocate(setting, goal, progress, measuring=False)
             searching = time.perf_counter() - start - capturing + SECONDS * bool(samples)
             methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}
@@ -268,6 +268,29 @@ def plan(
     total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
     return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
+
+
+def _setting(
+    net: nn.Module,
+    found: Scan,
+    recipe: Recipe,
+    samples: list[Batch],
+    stats: Mapping[str, LayerStats],
+    grids: dict[str, ActivationGrid],
+    base: Baselines,
+    about: dict[str, Any],
+    folder: Path,
+    store: Database | None,
+    basis: str | None,
+    meter: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> Setting:
+    """What `allocate` works with; `folder` is for what does not outlive the run."""
+    space = folder / "gradients"
+    space.mkdir()
+    bits = {name: grid.bits for name, grid in grids.items()}
+    kept, fixed = store or Database.at(folder / "solved"), overridden(recipe, found)
+    own = stats, fixed, grids, bits, base, about, kept, space, recipe.repair, basis, meter
+    return Setting(net, found, samples, *own)
 
 
 def goal_of(target: str | int | Goal | None) -> Goal | None:
@@ -287,6 +310,8 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
         methods = assign(recipe, found)
         predicted_bytes(net, found, methods, input_bits(recipe, found))  # refuses what no file can hold
         return found, methods
+    if not found.units:
+        raise UsageError("a target needs at least one weight to choose for; every one is excluded")
     fixed, methods = overridden(recipe, found), {}
     for unit in found.units:
         tried = [fixed[unit.name]] if unit.name in fixed else forms(unit, goal, with_data)

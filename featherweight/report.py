@@ -1,5 +1,6 @@
 """What was done and what came of it: plain data, and tables for people."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
@@ -161,6 +162,18 @@ def repair_line(repair: Repair) -> str:
     return f"{what} of {repair.sites} layers corrected, {change}: {verdict}{note}"
 
 
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {k: finite(v) for k, v in value.items()}
+        case list() | tuple():
+            return [finite(v) for v in value]
+    return value
+
+
 def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Text]:
     """How a target was met, or would be."""
     if allocation is None:
@@ -170,7 +183,7 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
     for budget, limit in allocation.limits.items():
         what = NAMES[budget]
         share, least = used[budget] / max(limit, 1), allocation.floor[budget]
-        full = "" if share >= FULL else ": no candidate that fits in what is left would help"
+        full = "" if share >= FULL else ": what would use the rest is too large, or not better by the score"
         lines.append(
             Text(f"{used[budget]:,} of {limit:,} {what} used ({share:.1%}){full}; the smallest reachable is {least:,}")
         )

@@ -30,6 +30,7 @@ from featherweight.repair.correct import Reference
 
 Choices: TypeAlias = tuple[int, ...]
 TRUST = 4.0  # a unit's score is corrected by at most this factor, up or down
+TEMPERATURE = 4.0  # of the measured divergence: at 1, a few samples of a trained network carry most of it
 SURE = 2.0  # standard errors: of a hundred measured policies the lowest is often so by chance
 ENOUGH = 0.998  # of the distance: what falls less is not worth the change
 TRIES = 1  # moves without success in a row, for each unit
@@ -60,10 +61,11 @@ class Judge:
         self._placed: list[int | None] = [None] * len(units)
 
     def __call__(self, choices: Choices) -> np.ndarray:
-        """Numbers whose mean is the distance, see `DenseOutputs.parts`; infinity where outputs cannot be compared."""
+        """Numbers whose mean is the distance at TEMPERATURE, see `DenseOutputs.parts`; infinity where outputs cannot be
+        compared."""
         assert self._reference.outputs is not None
-        parts = self._reference.outputs.parts(self.network(choices))
-        return np.array([np.inf]) if parts is None else np.nan_to_num(parts.numpy(), nan=np.inf)
+        parts = self._reference.outputs.parts(self.network(choices), TEMPERATURE)
+        return np.array([np.inf]) if parts is None else np.nan_to_num(parts.numpy(), nan=np.inf, posinf=np.inf)
 
     def network(self, choices: Choices) -> nn.Module:
         """The network with these candidates in place, corrected: valid until the next call."""
@@ -96,11 +98,12 @@ class Found:
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
     """A knapsack to be solved: menus with a cost for each limit. meets: whether a policy truly stays within them, where
-    the menus' costs are only about right."""
+    the menus' costs are only about right; safe: one that does."""
 
     menus: tuple[Menu, ...]
     limits: tuple[int, ...]
     meets: Callable[[Choices], bool] | None = None
+    safe: Choices | None = None
 
     def solve(self, trust: np.ndarray | None = None) -> Choices:
         """The best policy within the limits, each menu's losses multiplied with its trust.
@@ -111,10 +114,15 @@ class Task:
         menus = self.menus
         if trust is not None:
             menus = [Menu(m.costs, m.losses * t) for m, t in zip(menus, trust, strict=True)]
-        for percent in range(100, 49, -1):
-            choices = self._within(menus, tuple(limit * percent // 100 for limit in self.limits))
-            if self.meets is None or self.meets(choices):
-                return choices
+        if self.meets is None:
+            return self._within(menus, self.limits)
+        for percent in range(100, 49, -2):
+            with suppress(InfeasibleError):
+                choices = self._within(menus, tuple(limit * percent // 100 for limit in self.limits))
+                if self.meets(choices):
+                    return choices
+        if self.safe is not None:
+            return self.safe
         raise InfeasibleError("no policy that was found truly stays within the limits")
 
     @staticmethod
@@ -194,6 +202,8 @@ def _gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
 
 
 def _is_lower(after: np.ndarray, before: np.ndarray) -> bool:
+    if not np.isfinite(before).all():
+        return bool(np.isfinite(after).all())
     gain, error = _gain(before, after)
     return gain > max(SURE * error, (1 - ENOUGH) * float(before.mean()))
 

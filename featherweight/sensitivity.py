@@ -70,24 +70,26 @@ def sensitivity(
     on_pass: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivity:
     """Run the network forwards and backwards over the data, which is cut into `passes` pieces (not where a batch cannot
-    be cut: then it is used several times).
+    be cut: then it is used several times; several batches go into one row where there are more than passes). A pass
+    whose gradients are not finite is left out.
 
     Args:
         net: in eval mode; its parameters are as before afterwards.
         loss: of every sample, with labels; without, the distance to the network's own outputs.
         passes: more of them lower the estimate's spread, about sqrt(2 / passes) of it; by default 128, or as many as
             fit into memory, 32 at least.
-        spill: an empty directory for the gradients, kept as long as the result is used, instead of memory.
+        spill: an empty directory for gradients of more than 2 GB, kept as long as the result is used.
 
     Raises:
-        UsageError: the outputs hold no real numbers, or no gradient reaches any unit.
+        UsageError: the outputs hold no real numbers or are zero, or no finite gradient reaches any unit.
     """
     size = sum(u.params for u in units)
     if passes is None:
         passes = min(PASSES, max(ROOM // (4 * size), FEWEST))
     pieces = _pieces(data, passes)
     rounds = max(passes // len(pieces), 1)
-    total = rounds * len(pieces)
+    total, rows = rounds * len(pieces), min(rounds * len(pieces), passes)
+    spill = spill if 4 * size * rows > ROOM else None
     random = torch.Generator().manual_seed(seed)
     parameters = [net.get_parameter(u.name) for u in units]
     kept: dict[str, Tensor] = {}
@@ -102,18 +104,23 @@ def sensitivity(
             with eager(), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
                 scalar, part = _surrogate(batch.run(net), batch.target, loss, random)
                 found = _gradients(scalar, parameters)
+            on_pass(k + 1, total)
+            if not all(g is None or bool(torch.isfinite(g).all()) for g in found):
+                continue  # a square root at zero has none; the other samples have
             whole += part
+            row = k * rows // total  # random signs make a sum of several passes as good as one of them
             for i, (unit, gradient) in enumerate(zip(units, found, strict=True)):
                 if gradient is not None:
                     if unit.name not in kept:
                         file = spill / f"{i}.gradients" if spill else None
                         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-                        kept[unit.name] = zeros((total, unit.params), file, dtype)
-                    kept[unit.name][k] = unit.view.matrix(gradient.detach()).reshape(-1).cpu()
-            on_pass(k + 1, total)
+                        kept[unit.name] = zeros((rows, unit.params), file, dtype)
+                    kept[unit.name][row] += unit.view.matrix(gradient.detach()).reshape(-1).cpu()
     finally:
         for p, wanted in zip(parameters, wanting, strict=True):
             p.requires_grad_(wanted)
+    if whole == 0:
+        raise UsageError("the network's outputs are all zero, or no pass had finite gradients: nothing to be sensitive")
     if not kept:
         raise UsageError("no gradient of the network's outputs reaches any weight: it runs without gradients inside")
     return Sensitivity(kept, whole)

@@ -451,7 +451,7 @@ def solved_here(folder: Path) -> int | None:
 
 
 def test_folders_that_cannot_be_used_are_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("featherweight.pipeline.capture", lambda *a, **k: pytest.fail("the work had begun"))
+    monkeypatch.setattr("featherweight.moments.capture", lambda *a, **k: pytest.fail("the work had begun"))
     (tmp_path / "file").write_text("")
     for folder, said in (("file", "not a folder"), ("no/such/place", "does not exist"), ("file/below", "not exist")):
         with pytest.raises(UsageError, match=said):

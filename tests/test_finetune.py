@@ -93,3 +93,26 @@ def test_a_loss_that_is_no_number_is_said():
     data = torch.full((4, 4), 1e30)
     with pytest.raises(UsageError, match="finetuning: the loss is"):
         fw.compress(net, torch.randn(8, 4), method=Rtn(GridSpec(4)), finetune=Finetune(data * 1e10, 1))
+
+
+def test_other_precisions_and_data_that_are_read_once():
+    def batches_of_digits():
+        torch.manual_seed(0)
+        for _ in range(4):
+            yield torch.randn(16, 6)
+
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 5)).to(dtype).eval()
+        data = [b.to(dtype) for b in batches_of_digits()]
+        small = fw.compress(net, data, method=Rtn(GridSpec(3)), finetune=Finetune(data, 3, 0.01))
+        assert small.report.finetuned.losses[-1] < small.report.finetuned.losses[0]
+    once = batches_of_digits()
+    net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+    assert fw.compress(net, once, method=Rtn(GridSpec(3)), finetune=Finetune(once, 2)).report.finetuned
+
+
+def test_data_that_do_not_fit_are_refused_before_the_work(monkeypatch):
+    monkeypatch.setattr("featherweight.moments.capture", lambda *a, **k: pytest.fail("the work had begun"))
+    with pytest.raises(UsageError, match="does not accept the data"):
+        fw.compress(tiny(), images(), method=Gptq(GridSpec(4)), finetune=Finetune(torch.randn(8, 3), 1))

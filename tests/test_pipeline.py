@@ -237,7 +237,7 @@ def test_batchnorm_without_bias_and_outputs_without_numbers():
 def test_networks_that_cannot_be_stored_are_refused_before_the_work(monkeypatch):
     model = tiny()
     model.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
-    monkeypatch.setattr("featherweight.pipeline.capture", lambda *a, **k: pytest.fail("the work had begun"))
+    monkeypatch.setattr("featherweight.moments.capture", lambda *a, **k: pytest.fail("the work had begun"))
     with pytest.raises(UsageError, match="complex64"):
         fw.compress(model, images(), method=Gptq(GridSpec(4)))
 

@@ -62,9 +62,13 @@ class DenseOutputs:
         return math.nan if parts is None else float(parts.mean())
 
     @torch.no_grad()
-    def parts(self, model: nn.Module) -> Tensor | None:
-        """Numbers whose mean is the distance, float64: one a sample where the data have class labels, one a batch
-        elsewhere. None where the two cannot be compared."""
+    def parts(self, model: nn.Module, temperature: float = 1.0) -> Tensor | None:
+        """Numbers whose mean is the distance, float64: one a sample, or one a batch where the first dimension of some
+        output is not that of the samples. None where the two cannot be compared.
+
+        temperature: class scores are divided by it, and their divergence multiplied by its square: the higher, the
+        more every sample counts, not only the few that are near a border.
+        """
         device = device_of(model)
         lost: list[Tensor] = []
         whole = 0.0
@@ -76,11 +80,13 @@ class DenseOutputs:
                 return None
             whole += energy(want, batch.target)
             if is_classification(want, batch.target):
-                log_p, log_q = want[0].double().log_softmax(1), got[0].double().log_softmax(1)
-                lost.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1).cpu())
+                log_p, log_q = ((t[0].double() / temperature).log_softmax(1) for t in (want, got))
+                divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+                lost.append(divergence.cpu() * temperature**2)
             else:
-                each = [(g.double() - w.double()).square().sum() for g, w in zip(got, want, strict=True)]
-                lost.append(torch.stack(each).sum().cpu().reshape(1))
+                pairs = [(g.double() - w.double()).square() for g, w in zip(got, want, strict=True)]
+                count = batch.size if all(t.ndim and len(t) == batch.size for t in want) else 1
+                lost.append(torch.stack([t.reshape(count, -1).sum(1) for t in pairs]).sum(0).cpu())
         parts = torch.cat(lost)
         return parts * len(parts) / whole if whole > 0 else parts
 
