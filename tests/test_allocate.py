@@ -209,12 +209,12 @@ def test_every_kind_of_candidate_is_tried():
     assert "obs 50% + gptq 4 bit" in labels["both"]
 
 
-def test_the_command_line(run, tmp_path):
+def test_the_command_line(run, tmp_path, solved):
     place = "featherweight.demo.digits"
     front = tmp_path / "front.json"
     code, out, _ = run(
         *("compress", f"{place}:make", "--data", f"{place}:calibration", "--test", f"{place}:test", "--target", "7x"),
-        *("--measurements", 3, "--front", front, "-o", tmp_path / "s.fw"),
+        *("--measurements", 3, "--front", front, "-o", tmp_path / "s.fw", "--database", solved),
     )
     assert code == 0
     assert "used" in out

@@ -102,18 +102,6 @@ def test_a_recipe_file_and_weights(tmp_path, run):
     assert {r["name"]: r["method"] for r in json.loads(out)["rows"]}["fc.weight"] == "rtn 2 bit"
 
 
-def test_package_module_specs(tmp_path, run):
-    digits = "featherweight.demo.digits"
-    code, out, _ = run(
-        *("compress", f"{digits}:make", "--data", f"{digits}:calibration", "--target", "7x", "-o", tmp_path / "s.fw"),
-        *("--measurements", 2, "--test", f"{digits}:test", "--json"),
-    )
-    assert code == 0
-    found = json.loads(out)
-    assert found["ratio"] >= 7
-    assert found["top1"] >= 98
-
-
 def test_the_demo_runs(run):
     code, out, _ = run("demo", "--json")
     rows = json.loads(out)
