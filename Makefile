@@ -17,7 +17,7 @@ demo: setup ## compress a small network at several sizes
 	$(RUN)featherweight demo
 
 test: setup ## all tests
-	$(RUN)pytest --numprocesses 2 --dist loadfile
+	$(RUN)pytest --numprocesses 2 --dist worksteal
 
 check: setup ## lint, formatting, types
 	$(RUN)ruff check .

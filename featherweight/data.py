@@ -140,14 +140,14 @@ def _sliceable(value: Any, size: int) -> bool:
 
 
 @torch.no_grad()
-def stacked(data: Sequence[Batch], model: nn.Module, most: int = SAMPLES) -> tuple[Batch, str]:
+def stacked(data: Sequence[Batch], model: nn.Module, most: int | None = None) -> tuple[Batch, str]:
     """As many samples as fit in one batch, and what was left out: those whose shapes differ from the commonest, and
-    those over `most` or MEMORY."""
+    those over `most` (SAMPLES) or MEMORY."""
     groups: dict[Any, list[Batch]] = {}
     for batch in data:
         groups.setdefault(_form(batch), []).append(batch)
     same = max(groups.values(), key=lambda g: sum(b.size for b in g))
-    limit = min(most, max(int(MEMORY / _bytes_a_sample(model, same[0])), 1))
+    limit = min(SAMPLES if most is None else most, max(int(MEMORY / _bytes_a_sample(model, same[0])), 1))
     chosen, total = [], 0
     for batch in same:
         if chosen and total + batch.size > limit:

@@ -15,7 +15,6 @@ from featherweight.errors import UsageError
 from featherweight.layers import scan
 from featherweight.methods import Gptq, GridSpec, Magnitude, Obq, Rtn, Unstructured
 from featherweight.recipe import Recipe, recipe_of
-from featherweight.repair import correct
 from featherweight.sequential import DAMP, STRENGTH, single_use, solve_in_order
 from tests.nets import images, tiny
 
@@ -199,7 +198,7 @@ def test_a_network_of_a_fixed_batch_size_is_solved_independently_and_that_is_sai
 
 
 def test_where_not_all_samples_fit_that_is_said(monkeypatch):
-    monkeypatch.setattr(correct, "SAMPLES", 40)
+    monkeypatch.setattr("featherweight.data.SAMPLES", 40)
     small = in_order(tiny(), images(), Obq(GridSpec(3)), batch_size=16)
     assert small.report.in_order == 3
     assert "used 32 of 96 samples" in small.report.order_note

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.calls import Calls, Inputs, eager
-from featherweight.data import SAMPLES, Batch, hooked, split, stacked
+from featherweight.data import Batch, hooked, split, stacked
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
 from featherweight.repair.distance import DenseOutputs
@@ -62,7 +62,7 @@ class Reference:
     failed: str = ""
 
     @classmethod
-    def of(cls, dense: nn.Module, data: Sequence[Batch], units: Sequence[Unit], most: int = SAMPLES) -> "Reference":
+    def of(cls, dense: nn.Module, data: Sequence[Batch], units: Sequence[Unit], most: int | None = None) -> "Reference":
         """Three quarters of the data are used to correct, `most` samples at most, the rest to judge."""
         correcting, judging = split(data)
         outputs = DenseOutputs.of(dense, judging) if judging else None
