@@ -15,6 +15,7 @@ from featherweight.artifact import Artifact
 from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone
 from featherweight.repair import Repair
+from featherweight.search import TEMPERATURE
 from featherweight.target import Baselines
 
 FULL = 0.98  # of a budget: below, people are told why
@@ -189,7 +190,8 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
         )
     line = f"predicted distance to the dense outputs {allocation.predicted:.3g} ({allocation.score})"
     if allocation.measured is not None:
-        line += f"; measured on held-out data {allocation.first:.3g}, after {allocation.policies} policies "
+        line += f"; measured on held-out data, divergences at temperature {TEMPERATURE:g}: {allocation.first:.3g}, "
+        line += f"after {allocation.policies} policies "
         line += f"{allocation.measured:.3g}"
     return [*lines, Text(line, style="dim")]
 
