@@ -16,10 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from bench.networks import measure
 from featherweight.allocate import CORRECTING
 from featherweight.candidates import solve_candidates
 from featherweight.data import batches, split
@@ -167,28 +165,11 @@ def scatter(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def command(zoo_file: Path, network: str, settings: str, file: Path, database: Path) -> dict[str, Any]:
-    """The command's own JSON, and its wall time."""
+def line_of(zoo_file: Path, network: str, settings: str, file: Path, database: Path) -> dict[str, Any]:
+    """A line of `bench.networks`, with a database beside the settings."""
     calibration, test, *_ = TARGETS[network]
-    line = [sys.executable, "-m", "featherweight", "compress", f"{zoo_file}:{network}", "-o", str(file), "--json"]
-    line += ["--data", f"{zoo_file}:{calibration}", "--test", f"{zoo_file}:{test}", *settings.split()]
-    line += ["--database", str(database)] + (["--batch-size", "32"] if network == "efficientnet_lite0" else [])
-    start = time.perf_counter()
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(line)}\n{done.stderr}")
-    found = json.loads(done.stdout)
-    return {
-        "network": network,
-        "settings": settings,
-        "fp32_bytes": found["baselines"]["fp32"],
-        "file_bytes": found["file_bytes"],
-        "top1": round(found["after"]["top1"], 2),
-        "dense": round(found["before"]["top1"], 2),
-        "compress_s": round(sum(found["seconds"].values()), 1),
-        "wall_s": round(time.perf_counter() - start, 1),
-        "reused": found["reused"],
-    }
+    found = measure(zoo_file, network, calibration, test, f"{settings} --database {database}", file)
+    return found | {"settings": settings}
 
 
 def targets(zoo_file: Path, network: str) -> list[dict[str, Any]]:
@@ -200,12 +181,12 @@ def targets(zoo_file: Path, network: str) -> list[dict[str, Any]]:
         file, database = Path(folder) / "small.fw", Path(folder) / "solved"
         for target in wanted:
             for among in AMONG:
-                found = command(zoo_file, network, f"--target {target} --among {among}", file, database)
+                found = line_of(zoo_file, network, f"--target {target} --among {among}", file, database)
                 lines.append(found | {"target": target, "among": among})
                 print(lines[-1], flush=True)
         for settings in uniform:
             for order in ("", " --sequential"):
-                found = command(zoo_file, network, settings + order, file, database)
+                found = line_of(zoo_file, network, settings + order, file, database)
                 lines.append(found | {"target": None, "among": "uniform"})
                 print(lines[-1], flush=True)
     return lines
@@ -231,13 +212,13 @@ def tables(content: dict[str, Any]) -> str:
                 own = {x["among"]: x for x in lines if x["target"] == target}
                 limit = own["both"]["fp32_bytes"] / float(target.removesuffix("x"))
                 fitting = [x for x in lines if x["among"] == "uniform" and x["file_bytes"] <= limit]
-                best = max(fitting, key=lambda x: x["top1"], default=None)
+                best = max(fitting, key=lambda x: x["after"], default=None)
                 four = [own[a] for a in AMONG] + ([best] if best else [])
-                cells = [f"{x['top1']:.2f}" for x in four] + ["-"] * (4 - len(four))
+                cells = [f"{x['after']:.2f}" for x in four] + ["-"] * (4 - len(four))
                 note = f" (`{best['settings'].strip()}`)" if best else ""
                 sizes = ", ".join(f"{x['file_bytes']:,}" for x in four)
                 rows.append(
-                    f"| {network} ({own['both']['dense']:.2f}) | {target} | {' | '.join(cells)}{note} | {sizes} | "
+                    f"| {network} ({own['both']['before']:.2f}) | {target} | {' | '.join(cells)}{note} | {sizes} | "
                     f"{own['both']['compress_s']:.0f} s |"
                 )
         rows += [

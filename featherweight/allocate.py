@@ -160,7 +160,8 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         choices, first, measured = found.choices, found.first if known else None, found.loss if known else None
         policies, trust = found.measured, np.array(found.trust)
     if samples and measuring and measured is None:
-        what += "; outputs cannot be compared, so no policy was measured"
+        cause = "outputs cannot be compared" if judging else "the data cannot be cut to hold some samples back"
+        what += f"; {cause}, so no policy was measured"
     points = _front(allocator, judge, setting.evaluate, next(iter(limits))) if goal.front else ()
     outcome = Allocation(
         chosen(allocator, choices),

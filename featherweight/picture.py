@@ -34,7 +34,7 @@ def check_front(path: Path, output: Path) -> None:
     if path.suffix == ".png" or path.resolve() == output.resolve():
         raise UsageError(f"--front names a JSON file, with a picture .png beside it; {path} cannot be it")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--front draws a picture, which needs matplotlib: pip install 'featherweight[plot]'")
+        raise UsageError("--front draws a picture, which needs matplotlib: pip install matplotlib")
 
 
 def save_front(report: Report, path: Path) -> None:

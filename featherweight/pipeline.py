@@ -145,6 +145,7 @@ def compress(
     before = _metrics(evaluate, copy.deepcopy(net))
     about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
     seconds: dict[str, float] = {}
+    trained = None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         with _timed(seconds, "capture"):
             seen = samples if goal is None else split(samples)[0] or samples  # the others judge policies
@@ -176,25 +177,19 @@ def compress(
                 judged = samples if recipe.repair else []
                 small, outcome = _repaired(net, found, solutions, grids, judged, progress)
                 net.load_state_dict(original, strict=False)
+            if finetune is not None:
+                with _timed(seconds, "finetune"):
+                    weights = {name: s.weight for name, s in solutions.items()}
+                    weights, trained = train(net, small, found.units, weights, finetune, progress)
+                    for u in found.units:
+                        w = u.view.matrix(net.get_parameter(u.name).detach().cpu())
+                        solutions[u.name] = _finetuned(solutions[u.name], weights[u.name], w, stats.get(u.name))
             artifact, rest = packed(small, found, methods, solutions, about, grids)
             data_read_back = to_bytes(artifact)
             size = len(data_read_back)
             if stage is None or not (over := stage.over(size, solutions)):
                 break
             stage = stage.tighter(over)  # scales came out as fp32, or such: once more, with a little less
-    trained = None
-    if finetune is not None:
-        with _timed(seconds, "finetune"):
-            weights = {name: s.weight for name, s in solutions.items()}
-            weights, trained = train(net, small, found.units, weights, finetune, progress)
-            for u in found.units:
-                w = u.view.matrix(net.get_parameter(u.name).detach().cpu())
-                solutions[u.name] = _finetuned(solutions[u.name], weights[u.name], w, stats.get(u.name))
-        artifact, rest = packed(small, found, methods, solutions, about, grids)
-        data_read_back = to_bytes(artifact)
-        size = len(data_read_back)
-        if stage is not None and (over := stage.over(size, solutions)):
-            raise InfeasibleError(f"finetuning made the file {over} too large; give a target that is so much smaller")
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(

@@ -366,6 +366,7 @@ def test_small_requests():
         fw.compress(mlp(), vectors(), recipe=Recipe(Gptq(GridSpec(4)), exclude=("*",)), target="5x")
     one = fw.compress(mlp(), vectors(1), target=goal(4000))
     assert one.report.file_bytes <= 4000
+    assert "cannot be cut" in one.report.allocation.score
     singles = [vectors()[i : i + 1] for i in range(60)]
     assert fw.compress(mlp(), singles, target=goal(4000)).report.allocation.measured is not None
 
