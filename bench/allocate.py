@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from bench.networks import measure
-from featherweight.allocate import CORRECTING
+from featherweight import reuse_memory
 from featherweight.candidates import solve_candidates
 from featherweight.data import batches, split
 from featherweight.database import Database
@@ -34,6 +34,7 @@ from featherweight.layers import Unit, scan
 from featherweight.methods import Gptq, GridSpec, Method, Obs, PruneQuantize, Solution, Unstructured
 from featherweight.metrics import accuracy
 from featherweight.repair.correct import Reference
+from featherweight.scores import CORRECTING
 from featherweight.search import Judge
 from featherweight.sensitivity import sensitivity
 from featherweight.stats import capture
@@ -253,4 +254,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    reuse_memory()
     main()

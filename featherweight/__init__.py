@@ -1,5 +1,6 @@
 """featherweight: make a trained PyTorch network small, and prove that it still works."""
 
+from featherweight._memory import reuse_memory
 from featherweight.activations import ActivationGrid, simulate
 from featherweight.artifact import load
 from featherweight.errors import FeatherweightError, FormatError, InfeasibleError, SolveError, UsageError
@@ -24,6 +25,7 @@ from featherweight.methods import (
 from featherweight.pipeline import Compressed, compress, plan
 from featherweight.recipe import Override, Recipe, read_recipe
 from featherweight.report import Report
+from featherweight.slim import slim
 from featherweight.stats import capture
 from featherweight.target import Goal, target_bytes
 
@@ -61,7 +63,9 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "load",
     "plan",
     "read_recipe",
+    "reuse_memory",
     "scan",
     "simulate",
+    "slim",
     "target_bytes",
 ]

@@ -7,7 +7,7 @@ The second stage, solving the chosen methods well, is the ordinary line of `pipe
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -21,26 +21,27 @@ from featherweight.allocator import MARGIN, Allocation, Allocator, Point, chosen
 from featherweight.candidates import (
     FLOAT,
     Candidate,
-    forms,
     solve_candidates,
+    ties,
+    tried,
     uses,
 )
 from featherweight.coupling import couplings
 from featherweight.data import Batch, cut, split
 from featherweight.database import Database, fingerprint
 from featherweight.errors import UsageError
+from featherweight.latency import Clock
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Method, Solution
 from featherweight.repair.correct import Reference
+from featherweight.scores import CORRECTING, Scores, words
 from featherweight.search import Choices, Judge, Task, search
-from featherweight.sensitivity import Sensitivity, sensitivity
 from featherweight.stats import LayerStats
-from featherweight.target import Baselines, Goal
+from featherweight.target import Baselines, Goal, Score
 
-EFFORT = 2e12  # multiply-adds that the search may spend on measuring policies
+EFFORT = 4e12  # multiply-adds that the search may spend on measuring policies
 SECONDS = 60  # that this takes, about
-MOST, LEAST = 80, 12  # policies that it measures
-CORRECTING = 256  # samples that a measured policy is corrected on
+MOST, LEAST = 80, 24  # policies that it measures
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -83,6 +84,7 @@ class Stage:
     limits: dict[str, int]
     task: Task
     choices: Choices
+    pruned: float
     trust: np.ndarray
     outcome: Allocation
 
@@ -96,23 +98,29 @@ class Stage:
         """Predicted, of the whole file."""
         return self.allocator.size(self.choices) + MARGIN
 
-    def recounted(self, solutions: Mapping[str, Solution]) -> Allocation:
-        """The outcome, with MACs and BOPs of what was stored."""
-        return replace(self.outcome, **self.allocator.counted({name: s.weight for name, s in solutions.items()}))
+    def recounted(self, solutions: Mapping[str, Solution], small: nn.Module) -> "Stage":
+        """With MACs, BOPs and latency of what is stored, and of the network that it makes."""
+        counted = self.allocator.counted({name: s.weight for name, s in solutions.items()})
+        clock = self.allocator.clock
+        took = {} if clock is None else {"latency": clock.network(small)}
+        return replace(self, outcome=replace(self.outcome, **counted, **took))
 
-    def over(self, size: int, solutions: Mapping[str, Solution]) -> dict[str, int]:
-        """By how much a file of `size` bytes with these solutions misses each limit, those that hold left out."""
-        there = {"bytes": size} | self.allocator.counted({name: s.weight for name, s in solutions.items()})
+    def over(self, size: int) -> dict[str, int]:
+        """By how much a file of `size` bytes, and the network as it was counted last, miss each limit, those that hold
+        left out."""
+        there = {"bytes": size} | {b: getattr(self.outcome, b) for b in ("macs", "bops", "latency")}
         return {b: there[b] - limit for b, limit in self.outcome.limits.items() if there[b] > limit}
 
     def tighter(self, over: Mapping[str, int]) -> "Stage":
-        """With so much less of each budget than now: by the score, nothing is measured again.
+        """With so much less of each budget than now, and a little more of bytes, as no two policies' headers are equally
+        long: by the score, nothing is measured again.
 
         Raises:
             InfeasibleError: nothing is that small.
         """
-        limits = {b: limit - over.get(b, 0) for b, limit in self.limits.items()}
-        task = self.allocator.task(limits)
+        less = {b: n + (MARGIN // 2 if b == "bytes" else 0) for b, n in over.items()}
+        limits = {b: limit - less.get(b, 0) for b, limit in self.limits.items()}
+        task = self.allocator.task(limits).weighted(self.pruned)
         choices = task.solve(self.trust)
         rows = chosen(self.allocator, choices)
         outcome = replace(self.outcome, chosen=rows, predicted=sum(c.rise for c in rows), measured=None)
@@ -124,30 +132,29 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
 
     Raises:
         InfeasibleError: a limit is below its floor.
-        UsageError: MACs or BOPs are limited and there are no data to count them on.
+        UsageError: MACs, BOPs or latency are limited and there are no data to count them on; weights are tied that
+            cannot be; the score cannot be had from these data.
     """
     net, units, samples = setting.net, setting.found.units, setting.samples
-    if not samples and (goal.macs is not None or goal.bops is not None):
-        raise UsageError("a target for MACs or BOPs needs data: they depend on the size of the inputs")
+    if not samples and (goal.structured or goal.bops is not None):
+        raise UsageError("a target for MACs, BOPs or latency needs data: they depend on the size of the inputs")
     solving, judging = split(samples) if samples else ([], [])
     solving = solving if judging else list(samples)
     count = sum(b.size for b in solving)
-    tried = {
-        u.name: [setting.fixed[u.name]] if u.name in setting.fixed else forms(u, goal, bool(samples)) for u in units
-    }
+    tries, groups = tried(units, setting.fixed, goal, bool(samples)), ties(units, goal.tied)
     positions = {u.name: uses(setting.stats[u.name], count) for u in units}
     macs = sum(round(positions[u.name] * u.params) for u in units if u.kind != "embedding")
-    limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2)
-    candidates, what = _candidates(setting, tried, solving, progress)
-    coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.macs is not None else {}
-    allocator = Allocator(
-        net, setting.found, candidates, setting.grids, setting.about, coupled, positions, setting.input_bits
-    )
+    clock = None if goal.latency is None else Clock(net, solving[0], units)
+    limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2, 0 if clock is None else clock.dense)
+    candidates, what = _candidates(setting, tries, groups, goal.score, solving, judging, progress, clock)
+    coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.structured else {}
+    known = setting.grids, setting.about, coupled, positions, setting.input_bits, clock
+    allocator = Allocator(net, setting.found, candidates, groups, *known)
     task = allocator.task(limits)
     judge = _judge(setting, candidates, judging) if measuring else None
     if judge is None:
         choices = task.solve()
-        first, measured, policies, trust = None, None, 0, np.ones(len(units))
+        first, measured, policies, pruned, trust = None, None, 0, 1.0, np.ones(len(groups))
     else:
         most = goal.measurements or effort(macs, sum(b.size for b in judging) + CORRECTING)
 
@@ -155,14 +162,14 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
             progress("search", done, total)
             return True
 
-        found = search(task, judge, most, told)
+        found = search(task, lambda choices: judge(allocator.each(choices)), most, told)
         known = math.isfinite(found.loss)
         choices, first, measured = found.choices, found.first if known else None, found.loss if known else None
-        policies, trust = found.measured, np.array(found.trust)
+        policies, pruned, trust = found.measured, found.pruned, np.array(found.trust)
     if samples and measuring and measured is None:
         cause = "outputs cannot be compared" if judging else "the data cannot be cut to hold some samples back"
         what += f"; {cause}, so no policy was measured"
-    points = _front(allocator, judge, setting.evaluate, next(iter(limits))) if goal.front else ()
+    points = _front(allocator, judge, setting.evaluate, next(iter(limits)), pruned, progress) if goal.front else ()
     outcome = Allocation(
         chosen(allocator, choices),
         limits,
@@ -175,43 +182,49 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         points,
         **allocator.counted({name: c.solution.weight for name, c in allocator.taken(choices).items()}),
         dense_macs=macs,
+        dense_latency=0 if clock is None else clock.dense,
     )
-    return Stage(allocator, limits, task, choices, trust, outcome)
+    return Stage(allocator, limits, task, choices, pruned, trust, outcome)
 
 
 def _candidates(
-    setting: Setting, tried: Mapping[str, Sequence[Method]], solving: Sequence[Batch], progress: Progress
+    setting: Setting,
+    tries: Mapping[str, Sequence[Method]],
+    groups: Sequence[Sequence[int]],
+    how: Score,
+    solving: Sequence[Batch],
+    judging: Sequence[Batch],
+    progress: Progress,
+    clock: Clock | None,
 ) -> tuple[dict[str, tuple[Candidate, ...]], str]:
-    """Candidates by unit name, and what their scores are, for people. Scores are kept in the database, too."""
+    """Candidates by unit name, and what their scores are, for people: on samples that no candidate was solved on, where
+    there are any. Scores are kept in the database, too."""
     units, basis = setting.found.units, setting.basis
-    key = None if basis is None else fingerprint("rises", basis, {n: list(m) for n, m in tried.items()})
+    own = [[u.name, list(tries[u.name])] for u in units]
+    key = None if basis is None else fingerprint("rises", basis, how, own, groups)
     kept = None if key is None else setting.store.tensors(key)
     if kept is not None:
         order, missing = iter(kept["rises"].tolist()), [units[i].name for i in kept["missing"].tolist()]
-        found = _solved(setting, tried, solving, lambda *_: next(order), progress)
-        return _on_one_scale(found, missing), _what(len(missing))
-    scores, what = _scores(setting, solving, progress)
+        found = _solved(setting, tries, groups, solving, lambda *_: next(order), progress, clock)
+        return _on_one_scale(found, missing), words(how, len(missing))
+    scores = Scores.of(how, setting.net, judging or solving, units, setting.folder, progress)
     rises: list[float] = []
 
-    def rise(unit: Unit, method: Method, solution: Solution) -> float:
-        if scores is not None and unit.name in scores.gradients:
-            w = unit.view.matrix(setting.net.get_parameter(unit.name).detach().cpu()).float()
-            rises.append(scores.rise(unit.name, solution.weight.dense() - w))
-        else:
-            rises.append(solution.relative_error)
+    def rise(unit: Unit, _method: Method, solution: Solution) -> float:
+        rises.append(scores.rise(unit, solution))
         return rises[-1]
 
-    found = _solved(setting, tried, solving, rise, progress)
-    if scores is None:
-        return found, what
-    missing = [i for i, u in enumerate(units) if u.name not in scores.gradients]
-    if key is not None:
+    found = _solved(setting, tries, groups, solving, rise, progress, clock)
+    if key is not None and scores.what == words(how, len(scores.missing)):
+        missing = [i for i, u in enumerate(units) if u.name in scores.missing]
         tensors = {"rises": torch.tensor(rises, dtype=torch.float64), "missing": torch.tensor(missing).long()}
         setting.store.keep(key, tensors)
-    return _on_one_scale(found, [units[i].name for i in missing]), what
+    return _on_one_scale(found, scores.missing), scores.what
 
 
-def _on_one_scale(found: dict[str, tuple[Candidate, ...]], missing: Sequence[str]) -> dict[str, tuple[Candidate, ...]]:
+def _on_one_scale(
+    found: dict[str, tuple[Candidate, ...]], missing: Collection[str]
+) -> dict[str, tuple[Candidate, ...]]:
     """Relative errors of the `missing` units brought to what such errors of the other units rise by, half of them less
     and half of them more."""
     known = [c for name, rows in found.items() if name not in missing for c in rows if c.solution.relative_error > 0]
@@ -221,32 +234,17 @@ def _on_one_scale(found: dict[str, tuple[Candidate, ...]], missing: Sequence[str
 
 def _solved(
     setting: Setting,
-    tried: Mapping[str, Sequence[Method]],
+    tries: Mapping[str, Sequence[Method]],
+    groups: Sequence[Sequence[int]],
     solving: Sequence[Batch],
     rise: Callable[[Unit, Method, Solution], float],
     progress: Progress,
+    clock: Clock | None,
 ) -> dict[str, tuple[Candidate, ...]]:
     count = sum(b.size for b in solving)
     layers = setting.net, setting.found.units, setting.stats
-    return solve_candidates(*layers, rise, tried, setting.fixed, setting.input_bits, count, setting.store, progress)
-
-
-def _scores(setting: Setting, solving: Sequence[Batch], progress: Progress) -> tuple[Sensitivity | None, str]:
-    """The sensitivity, and what the scores are, for people."""
-    net, units = setting.net, setting.found.units
-    if not solving:
-        return None, "relative change of each weight: there are no data"
-    try:
-        found = sensitivity(
-            net, solving, units, spill=setting.folder, on_pass=lambda done, total: progress("score", done, total)
-        )
-    except (UsageError, RuntimeError) as error:  # a network may refuse gradients, or smaller batches
-        return None, f"relative layer errors, as the network gives no gradients: {error}"[:200]
-    return found, _what(len(units) - len(found.gradients))
-
-
-def _what(missing: int) -> str:
-    return "second order" + f"; relative layer errors for {missing} weights that no gradient reaches" * bool(missing)
+    known = rise, tries, setting.fixed, setting.input_bits, count, setting.store, progress
+    return solve_candidates(*layers, *known, groups, clock)
 
 
 def _judge(setting: Setting, candidates: Mapping[str, tuple[Candidate, ...]], judging: Sequence[Batch]) -> Judge | None:
@@ -261,13 +259,21 @@ def _judge(setting: Setting, candidates: Mapping[str, tuple[Candidate, ...]], ju
 
 
 def _front(
-    allocator: Allocator, judge: Judge | None, evaluate: Callable[[nn.Module], dict[str, float]] | None, budget: str
+    allocator: Allocator,
+    judge: Judge | None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    budget: str,
+    pruned: float,
+    progress: Progress,
 ) -> tuple[Point, ...]:
-    points = allocator.front(budget)
+    """From small to large files."""
+    points = sorted(allocator.front(budget, pruned), key=lambda p: p[1].bytes)
     if judge is not None:
-        for i in spread(points):
+        for done, i in enumerate(known := spread(points)):
+            progress("front", done, len(known))
             choices, point = points[i]
-            measured = float(judge(choices).mean())
-            metrics = None if evaluate is None else evaluate(copy.deepcopy(judge.network(choices)))
+            measured = float(judge(allocator.each(choices)).mean())
+            metrics = None if evaluate is None else evaluate(copy.deepcopy(judge.network(allocator.each(choices))))
             points[i] = choices, replace(point, measured=measured, metrics=metrics)
+            progress("front", done + 1, len(known))
     return tuple(point for _, point in points)

@@ -1,7 +1,7 @@
 """What the whole network costs with any choice of candidates, and the knapsack that follows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import numpy as np
@@ -13,19 +13,25 @@ from featherweight.candidates import (
     FLOAT,
     Candidate,
     channels_read,
+    extent,
     live,
+    menu_of,
     weight_bits,
+    without_rows,
 )
 from featherweight.errors import InfeasibleError
 from featherweight.knapsack import Menu, front
+from featherweight.latency import Clock
 from featherweight.layers import Scan, Unit
+from featherweight.methods import Solution
 from featherweight.packing import packed
 from featherweight.search import Choices, Task
-from featherweight.weights import Weight
+from featherweight.weights import Sparse, Weight
 
 MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
 SETTLING = 4  # times that the size of everything but the weights is looked at again
-NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs"}
+NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs", "latency": "microseconds"}
+STRUCTURAL = {"macs", "bops", "latency"}  # budgets that rows which nothing reads are no part of
 POINTS = 8  # policies of the front that are measured
 
 
@@ -57,11 +63,12 @@ class Point:
 @final
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The outcome. limits, floor: by budget ('bytes' of the whole file, 'macs', 'bops'), the latter the smallest that
-    is reachable. predicted: the sum of the scores; first: the measured distance of the score's own policy, measured: of
-    the chosen one, both None where there was nothing to measure on; policies: how many were measured. score: what the
-    scores are. front: of the first budget, from small to large. macs, bops: of the network as it was stored, counted
-    again, for one sample; dense_macs: before."""
+    """The outcome. limits, floor: by budget ('bytes' of the whole file, 'macs', 'bops', 'latency' in microseconds), the
+    latter the smallest that is reachable. predicted: the sum of the scores; first: the measured distance of the score's
+    own policy, measured: of the chosen one, both None where there was nothing to measure on; policies: how many were
+    measured. score: what the scores are. front: of the first budget, from small to large. macs, bops: of the network as
+    it was stored, counted again, for one sample; dense_macs: before. latency, dense_latency: of the whole network with
+    its layers made smaller, and before; 0 where it has no limit."""
 
     chosen: tuple[Chosen, ...]
     limits: dict[str, int]
@@ -75,39 +82,45 @@ class Allocation:
     macs: int = 0
     dense_macs: int = 0
     bops: int = 0
+    latency: int = 0
+    dense_latency: int = 0
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Allocator:
-    """The candidates of a network, and what the whole file costs with any choice of them. grids, about: see
-    `packing.packed`. coupled: see `couplings`; positions: how often each unit's matrix is used for one sample;
-    input_bits: see `solve_candidates`. known: what was counted before."""
+    """The candidates of a network, and what the whole file costs with any choice of them, one for each group of tied
+    units. groups: see `ties`. grids, about: see `packing.packed`. coupled: see `couplings`; positions: how often each
+    unit's matrix is used for one sample; input_bits: see `solve_candidates`. clock: where latency has a limit. known:
+    what was counted before."""
 
     net: nn.Module
     found: Scan
     candidates: Mapping[str, tuple[Candidate, ...]]
+    groups: tuple[tuple[int, ...], ...]
     grids: dict[str, ActivationGrid]
     about: dict[str, Any]
     coupled: Mapping[str, str]
     positions: Mapping[str, float]
     input_bits: Mapping[str, int]
+    clock: Clock | None = None
     known: dict[tuple[int, int, int], dict[str, int]] = field(default_factory=dict)
 
     def size(self, choices: Choices) -> int:
         """Bytes of the whole file, but for a few."""
         taken = self.taken(choices)
-        solutions = {name: c.solution for name, c in taken.items()}
+        solutions = self.trimmed({name: c.solution for name, c in taken.items()})
         methods = {name: c.final for name, c in taken.items()}
         artifact, _ = packed(self.net, self.found, methods, solutions, self.about, self.grids)
         return len(to_bytes(artifact))
 
     def costs(self, choices: Choices, budgets: Sequence[str]) -> dict[str, int]:
-        """By budget, bytes being those of the weights alone, MACs and BOPs without the rows that nothing reads."""
+        """By budget, bytes being those of the weights alone, latency that of the layers that could be smaller; MACs,
+        BOPs and latency without the rows that nothing reads."""
         taken = self.taken(choices)
         found = {b: sum(getattr(c, b) for c in taken.values()) for b in budgets}
-        if self.coupled and {"macs", "bops"} & set(budgets):
-            own = [self._own(i, choices) for i in range(len(choices))]
+        if self.coupled and STRUCTURAL & set(budgets):
+            own = [self._own(i, each) for each in [self.each(choices)] for i in range(len(each))]
             found |= {b: sum(x[b] for x in own) for b in budgets if b != "bytes"}
         return found
 
@@ -120,13 +133,35 @@ class Allocator:
         ]
         return {b: sum(x[b] for x in own) for b in ("macs", "bops")}
 
+    def trimmed(self, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
+        """Without the rows that nothing reads."""
+        units = {u.name: u for u in self.found.units}
+        found = dict(solutions)
+        for name, reader in self.coupled.items():
+            needed = channels_read(solutions[reader].weight, units[reader])
+            if not needed.all():
+                weight = without_rows(solutions[name].weight, units[name], needed)
+                found[name] = replace(solutions[name], weight=weight)
+        return found
+
+    @property
+    def overhead(self) -> int:
+        """Microseconds of everything but the layers that could be smaller."""
+        if self.clock is None:
+            return 0
+        sizes = [(u.view.matrix_shape[0], u.view.matrix_shape[1] // u.taps) for u in self.found.units]
+        whole = sum(self.clock.layer(u, *size) for u, size in zip(self.found.units, sizes, strict=True))
+        return max(self.clock.dense - whole, 0)
+
     def _counted(self, unit: Unit, weight: Weight, reader: Unit | None, reading: Weight | None) -> dict[str, int]:
         needed = None if reader is None or reading is None else channels_read(reading, reader)
         macs = round(self.positions[unit.name] * live(weight, unit, needed))
-        return {"macs": macs, "bops": macs * weight_bits(weight) * (self.input_bits.get(unit.name, 0) or FLOAT)}
+        bops = macs * weight_bits(weight) * (self.input_bits.get(unit.name, 0) or FLOAT)
+        took = 0 if self.clock is None else self.clock.layer(unit, *extent(weight, unit, needed))
+        return {"macs": macs, "bops": bops, "latency": took}
 
     def _own(self, i: int, choices: Choices) -> dict[str, int]:
-        """What one unit costs beside the others, each case counted once."""
+        """What one unit costs beside the others, each case counted once; choices: of every unit."""
         unit = self.found.units[i]
         names = [u.name for u in self.found.units]
         r = names.index(self.coupled[unit.name]) if unit.name in self.coupled else i
@@ -139,42 +174,48 @@ class Allocator:
             self.known[key] = size | self._counted(unit, weight, reader, reading)
         return self.known[key]
 
+    def each(self, choices: Choices) -> Choices:
+        """The choice of every unit."""
+        of = {i: c for group, c in zip(self.groups, choices, strict=True) for i in group}
+        return tuple(of[i] for i in range(len(of)))
+
     def taken(self, choices: Choices) -> dict[str, Candidate]:
-        return {u.name: self.candidates[u.name][c] for u, c in zip(self.found.units, choices, strict=True)}
+        return {u.name: self.candidates[u.name][c] for u, c in zip(self.found.units, self.each(choices), strict=True)}
 
     def cheapest(self, budget: str) -> Choices:
-        own = [self.candidates[u.name] for u in self.found.units]
-        return tuple(min(range(len(rows)), key=lambda i: getattr(rows[i], budget)) for rows in own)
+        return tuple(int(menu.costs[:, 0].argmin()) for menu in self.menus([budget]))
 
     def menus(self, budgets: Sequence[str]) -> tuple[Menu, ...]:
         """With a cost for each budget, each unit's alone: with couplings their sum is more than the true cost."""
-        return tuple(
-            Menu(
-                np.array([[getattr(c, b) for b in budgets] for c in self.candidates[u.name]], np.int64),
-                np.array([c.rise for c in self.candidates[u.name]], np.float64),
-            )
-            for u in self.found.units
-        )
+        rows = [self.candidates[u.name] for u in self.found.units]
+        return tuple(menu_of([rows[i] for i in group], budgets) for group in self.groups)
+
+    def removing(self) -> tuple[np.ndarray, ...]:
+        """Which candidates of each menu remove weights, bool."""
+        rows = [self.candidates[self.found.units[group[0]].name] for group in self.groups]
+        return tuple(np.array([isinstance(c.solution.weight, Sparse) for c in own]) for own in rows)
 
     def around(self, budgets: Sequence[str], now: Choices) -> tuple[Menu, ...]:
         """The menus linearised at a policy: what the whole network costs when one unit changes, so that they sum to the
         true cost there."""
         start = self.costs(now, budgets)
-        own = [self._own(i, now) for i in range(len(now))]
-        menus = []
-        for i, (unit, menu) in enumerate(zip(self.found.units, self.menus(budgets), strict=True)):
-            costs = menu.costs.copy()
-            if unit.name in self.coupled or unit.name in self.coupled.values():
+        own, menus = [self._own(i, each) for each in [self.each(now)] for i in range(len(each))], []
+        for g, (group, menu) in enumerate(zip(self.groups, self.menus(budgets), strict=True)):
+            costs, names = menu.costs.copy(), {self.found.units[i].name for i in group}
+            if names & {*self.coupled, *self.coupled.values()}:
                 for j in range(len(costs)):
-                    there = self.costs((*now[:i], j, *now[i + 1 :]), budgets)
-                    costs[j] = [own[i][b] + there[b] - start[b] for b in budgets]
+                    there = self.costs((*now[:g], j, *now[g + 1 :]), budgets)
+                    costs[j] = [sum(own[i][b] for i in group) + there[b] - start[b] for b in budgets]
             menus.append(Menu(np.maximum(costs, 0), menu.losses))
         return tuple(menus)
 
     def floor(self, budgets: Sequence[str]) -> dict[str, int]:
         """The smallest reachable cost by each budget alone, bytes of the whole file."""
-        least = {b: self.cheapest(b) for b in budgets}
-        return {b: self.size(c) + MARGIN if b == "bytes" else self.costs(c, [b])[b] for b, c in least.items()}
+        found = {}
+        for b in budgets:
+            least = self.cheapest(b)
+            found[b] = self.size(least) + MARGIN if b == "bytes" else self.costs(least, [b])[b]
+        return found | ({"latency": found["latency"] + self.overhead} if "latency" in found else {})
 
     def task(self, limits: Mapping[str, int]) -> Task:
         """The knapsack for these limits, that of bytes lowered by what the rest of the file takes.
@@ -187,20 +228,21 @@ class Allocator:
         for b, least in self.floor(budgets).items():
             if limits[b] < least:
                 unit = NAMES[b]
-                what = "file has" if b == "bytes" else f"number of {unit} is"
-                least = f"{least:,} bytes" if b == "bytes" else f"{least:,}"
-                raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {what} {least}")
+                what = {"bytes": "file has", "latency": "latency, by the table of its layers, is"}
+                said = f"{what.get(b, f'number of {unit} is')} {least:,}{f' {unit}' if b in what else ''}"
+                raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {said}")
         choices, task, safe = self.cheapest(budgets[0]), None, None
-        linear = bool(self.coupled and {"macs", "bops"} & set(budgets))
+        linear = bool(self.coupled and STRUCTURAL & set(budgets))
         for turn in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
             over = self._rest(choices) + MARGIN if "bytes" in limits else 0
-            inner = {b: limits[b] - (over if b == "bytes" else 0) for b in budgets}
+            rest = {"bytes": over, "latency": self.overhead}
+            inner = {b: limits[b] - rest.get(b, 0) for b in budgets}
             meets = self._meets(inner) if linear else None
             if meets is not None and meets(choices):
                 safe = choices
             if linear and turn > 0:  # at first every unit pays for all its rows, which is more than the truth
                 menus = self.around(budgets, choices)
-            task = Task(menus, tuple(inner.values()), meets, safe)
+            task = Task(menus, tuple(inner.values()), self.removing(), meets, safe)
             try:
                 again = task.solve()
             except InfeasibleError as error:
@@ -221,11 +263,12 @@ class Allocator:
     def _meets(self, limits: Mapping[str, int]) -> Callable[[Choices], bool]:
         return lambda choices: all(c <= limits[b] for b, c in self.costs(choices, list(limits)).items())
 
-    def front(self, budget: str) -> list[tuple[Choices, Point]]:
-        """Every policy that is optimal for what it costs, by the score; from small to large."""
-        policies = front(self.menus([budget]))
-        least = policies[0].choices
-        over = self._rest(least)
+    def front(self, budget: str, pruned: float = 1.0) -> list[tuple[Choices, Point]]:
+        """Every policy that is optimal for what it costs, by the score, with that of removed weights multiplied; from
+        small to large."""
+        task = Task(self.menus([budget]), (), self.removing()).weighted(pruned)
+        policies = front(task.menus)
+        over = self._rest(policies[0].choices)
         return [(p.choices, Point(over + self.costs(p.choices, ["bytes"])["bytes"], p.loss)) for p in policies]
 
 

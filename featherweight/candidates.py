@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.database import Database, Shared
-from featherweight.errors import SolveError
+from featherweight.errors import SolveError, UsageError
 from featherweight.knapsack import Menu, useful
-from featherweight.layers import Unit
+from featherweight.latency import Clock
+from featherweight.layers import Unit, matching
 from featherweight.methods import (
     Channels,
     Gptq,
@@ -32,11 +33,14 @@ from featherweight.methods import (
 from featherweight.stats import LayerStats
 from featherweight.target import Among, Goal
 from featherweight.weights import Grid, Sparse, Weight
-from featherweight.weights.masks import ChannelMap, RowMap
+from featherweight.weights.masks import BoxMap, ChannelMap, RowMap
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 JOINT = {0.3: (3, 4, 5), 0.5: (3, 4, 5), 0.7: (3, 4, 5), 0.85: (3, 4)}
+FINE_SPARSITIES = (0.1, 0.2, *(s / 100 for s in range(30, 96, 5)))
+FINE_JOINT = (2, 3, 4, 5, 6)
+FEW = 6  # weights; the candidates of fewer stand closer together, or they would not fill a budget
 STRUCTURE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of the input channels
 CHANNEL_BITS = (3, 4, 5, 8)
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
@@ -48,8 +52,8 @@ FLOAT = 32  # bits that a multiplication counts where a factor is not on a grid
 class Candidate:
     """A solved form of one weight. final: the method it is solved with again if it is chosen. bytes: its payload. macs,
     bops: of the layer for one sample, rows and input channels without any weight left out; bops are multiplied by the
-    bits of both factors, 32 for floats. rise: the predicted distance to the dense outputs, if no other weight were
-    changed."""
+    bits of both factors, 32 for floats. latency: microseconds of the layer, 0 where nobody asks. rise: the predicted
+    distance to the dense outputs, if no other weight were changed."""
 
     method: Method
     final: Method
@@ -57,12 +61,47 @@ class Candidate:
     bytes: int
     macs: int
     bops: int
+    latency: int
     rise: float
 
 
-def forms(unit: Unit, goal: Goal, with_data: bool = True) -> list[Method]:
-    """The methods that are tried for a unit; without data those that need none."""
-    return _structured(unit, goal) if goal.macs is not None else _unstructured(unit, goal.among, with_data)
+def forms(unit: Unit, goal: Goal, with_data: bool = True, fine: bool = False) -> list[Method]:
+    """The methods that are tried for a unit; without data those that need none. fine: more of them, close together."""
+    return _structured(unit, goal) if goal.structured else _unstructured(unit, goal.among, with_data, fine)
+
+
+def tried(
+    units: Sequence[Unit], fixed: Mapping[str, Method], goal: Goal, with_data: bool = True
+) -> dict[str, list[Method]]:
+    """`forms` by unit name, `fixed` ones as they are; of tied units those that all of them have.
+
+    Raises:
+        UsageError: tied units have none in common, or as `ties` does.
+    """
+    few = len(units) < FEW
+    found = {u.name: [fixed[u.name]] if u.name in fixed else forms(u, goal, with_data, few) for u in units}
+    for group in ties(units, goal.tied):
+        names = [units[i].name for i in group]
+        common = [m for m in found[names[0]] if all(m in found[n] for n in names)]
+        if not common:
+            raise UsageError(f"no method can be tried for each of these, which are tied: {', '.join(names)}")
+        found |= dict.fromkeys(names, common)
+    return found
+
+
+def ties(units: Sequence[Unit], patterns: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the units that share one choice, every unit in one group, by the first of each.
+
+    Raises:
+        UsageError: a pattern matches nothing, or two patterns the same unit.
+    """
+    number = {u.name: i for i, u in enumerate(units)}
+    groups = [tuple(number[u.name] for u in matching(p, tuple(units))) for p in patterns]
+    taken = [i for group in groups for i in group]
+    twice = {units[i].name for i in taken if taken.count(i) > 1}
+    if twice:
+        raise UsageError(f"a weight can be tied by one pattern only: {', '.join(sorted(twice))}")
+    return tuple(sorted([*groups, *((i,) for i in range(len(units)) if i not in taken)]))
 
 
 def _structured(unit: Unit, goal: Goal) -> list[Method]:
@@ -76,17 +115,20 @@ def _structured(unit: Unit, goal: Goal) -> list[Method]:
     return found
 
 
-def _unstructured(unit: Unit, among: Among, with_data: bool) -> list[Method]:
+def _unstructured(unit: Unit, among: Among, with_data: bool, fine: bool) -> list[Method]:
     cols = unit.view.matrix_shape[1]
     groups = [None, 0] if cols <= SHARED else [None, SHARED] if cols >= 2 * SHARED else [None]
+    groups += [g for g in (SHARED // 2, 2 * SHARED) if fine and 2 * g <= cols]
     grids = [GridSpec(b, b == 8, g) for b in BITS for g in groups]
     quantized: list[Method] = [Gptq(g) if with_data else Rtn(g) for g in grids]
     pruned: list[Method] = []
-    for s in SPARSITIES:  # what prunes alike stands together, and shares the pruned weights
+    for s in (
+        FINE_SPARSITIES if fine else SPARSITIES
+    ):  # what prunes alike stands together, and shares the pruned weights
         pruner = Obs(Unstructured(s))
         pruned.append(pruner if with_data else Magnitude(pruner.pattern))
         if among == "both" and with_data:
-            pruned += [PruneQuantize(pruner, Gptq(GridSpec(b))) for b in JOINT.get(s, ())]
+            pruned += [PruneQuantize(pruner, Gptq(GridSpec(b))) for b in (FINE_JOINT if fine else JOINT.get(s, ()))]
     return (quantized if among != "prune" else []) + (pruned if among != "quantize" else [])
 
 
@@ -111,6 +153,8 @@ def solve_candidates(
     samples: int,
     store: Database,
     progress: Callable[[str, int, int], None],
+    groups: Sequence[Sequence[int]] | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, tuple[Candidate, ...]]:
     """Candidates by unit name, those left out that another one beats in bytes, MACs, BOPs and rise.
 
@@ -119,6 +163,8 @@ def solve_candidates(
             `refined`.
         rise: the predicted distance, see `Candidate`, of a unit's solution by a method.
         input_bits: of the units' inputs, missing or 0 for floats. samples: how many the statistics are of.
+        clock: for latencies. groups: see `ties`; tied units keep the candidates that together are not beaten, in the
+            same order.
     """
     total, done = sum(map(len, methods.values())), 0
     found: dict[str, list[Candidate]] = {}
@@ -137,17 +183,24 @@ def solve_candidates(
             macs = round(positions * live(solution.weight, unit))
             bops = macs * weight_bits(solution.weight) * (input_bits.get(unit.name, 0) or FLOAT)
             final = method if unit.name in fixed else refined(method)
-            own = solution.weight.bits() // 8, macs, bops, rise(unit, method, solution)
+            took = 0 if clock is None else clock.layer(unit, *extent(solution.weight, unit))
+            own = solution.weight.bits() // 8, macs, bops, took, rise(unit, method, solution)
             rows.append(Candidate(method, final, solution, *own))
             done += 1
             progress("candidates", done, total)
         found[unit.name] = rows
-    return {name: _useful(rows) for name, rows in found.items()}
+    kept: dict[str, tuple[Candidate, ...]] = {}
+    for group in [(i,) for i in range(len(units))] if groups is None else groups:
+        together = [found[units[i].name] for i in group]
+        best = useful(menu_of(together, ("bytes", "macs", "bops", "latency")))
+        kept |= {units[i].name: tuple(found[units[i].name][k] for k in best) for i in group}
+    return kept
 
 
-def _useful(rows: list[Candidate]) -> tuple[Candidate, ...]:
-    costs = np.array([(c.bytes, c.macs, c.bops) for c in rows], np.int64)
-    return tuple(rows[i] for i in useful(Menu(costs, np.array([c.rise for c in rows], np.float64))))
+def menu_of(together: Sequence[Sequence[Candidate]], budgets: Sequence[str]) -> Menu:
+    """The menu of units that share one choice, (units, candidates), with a cost for each budget."""
+    costs = np.array([[[getattr(c, b) for b in budgets] for c in rows] for rows in together], np.int64)
+    return Menu(costs.sum(axis=0), np.array([[c.rise for c in rows] for rows in together], np.float64).sum(axis=0))
 
 
 def live(weight: Weight, unit: Unit, needed: Tensor | None = None) -> int:
@@ -157,13 +210,35 @@ def live(weight: Weight, unit: Unit, needed: Tensor | None = None) -> int:
     rows, cols = weight.shape
     if unit.kind == "embedding":
         return 0
-    removed = isinstance(weight, Sparse) and isinstance(weight.form, RowMap | ChannelMap)
+    parts = _kept(weight, unit, needed)
+    return rows * cols if parts is None else int((parts.any(dim=2).sum(1) * parts.any(dim=1).sum(1)).sum()) * unit.taps
+
+
+def extent(weight: Weight, unit: Unit, needed: Tensor | None = None) -> tuple[int, int]:
+    """Rows and input channels that are left, of a unit without groups; as `live`."""
+    parts = _kept(weight, unit, needed)
+    if parts is None:
+        return weight.shape[0], weight.shape[1] // unit.taps
+    return int(parts[0].any(dim=1).sum()), int(parts[0].any(dim=0).sum())
+
+
+def _kept(weight: Weight, unit: Unit, needed: Tensor | None) -> Tensor | None:
+    """(groups, rows, channels) bool, which taps together have any weight; None where nothing was removed."""
+    rows, cols = weight.shape
+    removed = isinstance(weight, Sparse) and isinstance(weight.form, RowMap | ChannelMap | BoxMap)
     if needed is None and not removed:
-        return rows * cols
+        return None
     mask = weight.mask if isinstance(weight, Sparse) and removed else torch.ones(rows, cols, dtype=torch.bool)
     mask = mask if needed is None else mask & needed[:, None]
-    parts = mask.reshape(unit.groups, rows // unit.groups, cols // unit.taps, unit.taps).any(dim=3)
-    return int((parts.any(dim=2).sum(dim=1) * parts.any(dim=1).sum(dim=1)).sum()) * unit.taps
+    return mask.reshape(unit.groups, rows // unit.groups, cols // unit.taps, unit.taps).any(dim=3)
+
+
+def without_rows(weight: Weight, unit: Unit, needed: Tensor) -> Weight:
+    """The same weight but for rows that are not `needed`, (rows,) bool, where they can be left out of what is
+    stored."""
+    if not isinstance(weight, Sparse) or not isinstance(weight.form, ChannelMap | BoxMap) or unit.groups > 1:
+        return weight
+    return replace(weight, mask=weight.mask & needed[:, None], form=BoxMap(unit.taps))
 
 
 def uses(stats: LayerStats, samples: int) -> float:
@@ -174,7 +249,7 @@ def uses(stats: LayerStats, samples: int) -> float:
 def channels_read(weight: Weight, unit: Unit) -> Tensor:
     """Which input channels have any weight, (channels,) bool; of a unit without groups."""
     channels = weight.shape[1] // unit.taps
-    if not (isinstance(weight, Sparse) and isinstance(weight.form, ChannelMap)):
+    if not (isinstance(weight, Sparse) and isinstance(weight.form, ChannelMap | BoxMap)):
         return torch.ones(channels, dtype=torch.bool)
     return weight.mask.reshape(-1, channels, unit.taps).any(dim=2).any(dim=0)
 

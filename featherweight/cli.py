@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from featherweight._memory import reuse_memory
 from featherweight.artifact import fill, read
 from featherweight.database import Database, DatabaseWarning
 from featherweight.errors import FeatherweightError, UsageError
@@ -64,7 +65,16 @@ Activations = Annotated[int | None, typer.Option(help="round the inputs of compr
 Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
 TargetMacs = Annotated[str | None, typer.Option(help="multiplications of a sample: 0.5x of the dense ones, 50% or 20M")]
 TargetBops = Annotated[str | None, typer.Option(help="the same, each times the bits of both factors (32 for floats)")]
+TargetLatency = Annotated[
+    str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")
+]
 AmongKinds = Annotated[str, typer.Option("--among", help="what a target chooses from: quantize, prune or both")]
+ScoreKind = Annotated[
+    str, typer.Option("--score", help="what a target's scores are made of: outputs, labels (second order), or measured")
+]
+Tied = Annotated[
+    list[str] | None, typer.Option("--tie", help="weights that match this pattern get one choice (repeatable)")
+]
 Measurements = Annotated[int | None, typer.Option(help="policies that a target measures, at most", min=1)]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with settings and overrides")]
 Include = Annotated[list[str] | None, typer.Option(help="only weights that match this pattern (repeatable)")]
@@ -98,7 +108,10 @@ def compress_command(
     target: Target = None,
     target_macs: TargetMacs = None,
     target_bops: TargetBops = None,
+    target_latency: TargetLatency = None,
     among: AmongKinds = "both",
+    score: ScoreKind = "outputs",
+    tie: Tied = None,
     measurements: Measurements = None,
     front: Annotated[
         Path | None, typer.Option(help="JSON file for other sizes that a target could have, and a picture beside it")
@@ -125,7 +138,7 @@ def compress_command(
     if database is not None:
         Database.at(database)
     settings = method, bits, sparsity, pattern, group, symmetric
-    goal = _goal(target, target_macs, target_bops, among, measurements, front)
+    goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, measurements, front)
     if front is not None:
         check_front(front, output)
     chosen = _recipe(*settings, goal, recipe, include, exclude, no_repair, activations, sequential)
@@ -188,7 +201,10 @@ def plan_command(
     target: Target = None,
     target_macs: TargetMacs = None,
     target_bops: TargetBops = None,
+    target_latency: TargetLatency = None,
     among: AmongKinds = "both",
+    score: ScoreKind = "outputs",
+    tie: Tied = None,
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -198,7 +214,7 @@ def plan_command(
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
     settings = method, bits, sparsity, pattern, group, symmetric
-    goal = _goal(target, target_macs, target_bops, among, None, None)
+    goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)
     chosen = _recipe(*settings, goal, recipe, include, exclude, False, activations, None)
     with _bars() as progress, _plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
@@ -294,18 +310,23 @@ def _goal(
     target: str | None,
     macs: str | None,
     bops: str | None,
+    latency: str | None,
     among: str,
+    score: str,
+    tie: list[str] | None,
     measurements: int | None,
     front: Path | None,
 ) -> Goal | None:
     """What the options ask for; None without any target."""
-    if target is None and macs is None and bops is None:
-        if among != "both" or measurements is not None or front is not None:
-            raise UsageError("--among, --measurements and --front are of a target: give --target, for example 10x")
+    if target is None and macs is None and bops is None and latency is None:
+        if (among, score) != ("both", "outputs") or tie or measurements is not None or front is not None:
+            options = "--among, --score, --tie, --measurements and --front"
+            raise UsageError(f"{options} are of a target: give --target, for example 10x")
         return None
     if front is not None:
         _check_output(front, None)
-    return Goal(target, macs, bops, among, measurements, front is not None)  # pyright: ignore - it checks
+    known = measurements, front is not None, score, tuple(tie or ()), latency
+    return Goal(target, macs, bops, among, *known)  # pyright: ignore - it checks
 
 
 def _finetune(epochs: int, train: str | None, calibration: Any, batch_size: int) -> Finetune | None:
@@ -413,6 +434,7 @@ def _plain_warnings() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    reuse_memory()
     try:
         app(args=sys.argv[1:] if argv is None else argv, prog_name="featherweight")
     except SystemExit as done:  # how typer ends, also after a wrong option

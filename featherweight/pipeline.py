@@ -19,7 +19,7 @@ from featherweight.allocator import Allocation
 from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.write import to_bytes
-from featherweight.candidates import forms
+from featherweight.candidates import tried
 from featherweight.data import Batch, batches, check, split
 from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
@@ -167,11 +167,12 @@ def compress(
         while True:
             if stage is not None:
                 methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}
-                then = order(net, seen, found.units, methods) if recipe.sequential is not False else Order()
+                then = order(net, samples, found.units, methods) if recipe.sequential is not False else Order()
                 left = tuple(u for u in found.units if u not in then.units)
             with _timed(seconds, "solve"):
                 work = Work(methods, store, progress, len(found.units))
                 solutions = solved(work, net, found.units, {u.name: stats[u.name] for u in left}, then, grids)
+                solutions = solutions if stage is None else stage.allocator.trimmed(solutions)
                 net.load_state_dict(original, strict=False)
             with _timed(seconds, "repair"):
                 judged = samples if recipe.repair else []
@@ -187,7 +188,10 @@ def compress(
             artifact, rest = packed(small, found, methods, solutions, about, grids)
             data_read_back = to_bytes(artifact)
             size = len(data_read_back)
-            if stage is None or not (over := stage.over(size, solutions)):
+            if stage is None:
+                break
+            stage = stage.recounted(solutions, small)
+            if not (over := stage.over(size)):
                 break
             stage = stage.tighter(over)  # scales came out as fp32, or such: once more, with a little less
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
@@ -207,7 +211,7 @@ def compress(
         in_order=len(then.units),
         order_note=then.note,
         float_inputs=float_inputs,
-        allocation=None if stage is None else stage.recounted(solutions),
+        allocation=None if stage is None else stage.outcome,
         finetuned=trained,
     )
     return Compressed(artifact, report)
@@ -307,10 +311,10 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
         return found, methods
     if not found.units:
         raise UsageError("a target needs at least one weight to choose for; every one is excluded")
-    fixed, methods = overridden(recipe, found), {}
+    tries, methods = tried(found.units, overridden(recipe, found), goal, with_data), {}
     for unit in found.units:
-        tried = [fixed[unit.name]] if unit.name in fixed else forms(unit, goal, with_data)
-        methods[unit.name] = min(tried, key=lambda m: m.storage(unit.view.matrix_shape, unit.taps, unit.groups))
+        stored = [m.storage(unit.view.matrix_shape, unit.taps, unit.groups) for m in tries[unit.name]]
+        methods[unit.name] = tries[unit.name][stored.index(min(stored))]
     size = predicted_bytes(net, found, methods, input_bits(recipe, found))
     if goal.target is not None:
         limit = target_bytes(goal.target, baselines(net, found.units).fp32)

@@ -179,7 +179,7 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
     """How a target was met, or would be."""
     if allocation is None:
         return []
-    used = {"macs": allocation.macs, "bops": allocation.bops, "bytes": file_bytes}
+    used = {"macs": allocation.macs, "bops": allocation.bops, "latency": allocation.latency, "bytes": file_bytes}
     lines = []
     for budget, limit in allocation.limits.items():
         what = NAMES[budget]

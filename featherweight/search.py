@@ -4,17 +4,18 @@ Stage one of the unified two-stage framework (Pattern Recognition 140, 2023; MPQ
 of every candidate and a multiple-choice knapsack. Its prediction of a whole policy is checked, not trusted: the chosen
 weights are put in place, statistics are corrected in order, and the distance to the dense outputs is measured on
 samples that no solve has seen. Another policy takes its place only where that falls by more than chance. Where we
-differ: (1) the knapsack is solved exactly; (2) the score is then calibrated in place: for each unit, one step up is
-measured against what the score promised, and the knapsack is solved again with the corrected promises (after the
-learned layer coefficients of SPDY, Frantar and Alistarh, 2201.13096, which are found by random search); (3) at last
-moves between two units are tried, the most promising first. Only measured policies are ever taken, so the best so far
-is valid at any time.
+differ: (1) the knapsack is solved exactly; (2) removed weights may count for more than the score says, by the factor
+whose policy measures best: their errors add up over the layers, those of grids less so; (3) the score is then
+calibrated in place: for each unit, one step up is measured against what the score promised, and the knapsack is solved
+again with the corrected promises (after the learned layer coefficients of SPDY, Frantar and Alistarh, 2201.13096, which
+are found by random search); (4) at last moves between two units are tried, the most promising first. Only measured
+policies are ever taken, so the best so far is valid at any time.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, final
 
 import numpy as np
@@ -29,6 +30,7 @@ from featherweight.layers import Unit
 from featherweight.repair.correct import Reference
 
 Choices: TypeAlias = tuple[int, ...]
+PRUNED = (2.0, 4.0, 16.0)  # factors that are tried on the scores of removed weights
 TRUST = 4.0  # a unit's score is corrected by at most this factor, up or down
 TEMPERATURE = 4.0  # of the measured divergence: at 1, a few samples of a trained network carry most of it
 SURE = 2.0  # standard errors: of a hundred measured policies the lowest is often so by chance
@@ -85,11 +87,13 @@ class Judge:
 @dataclass(frozen=True, slots=True)
 class Found:
     """choices: the best policy that was measured, loss: its distance. first: the distance of the score's own policy.
-    trust: what each unit's score was multiplied with in the end. measured: how many policies were."""
+    pruned: what the scores of removed weights, trust: what each unit's scores were multiplied with in the end.
+    measured: how many policies were."""
 
     choices: Choices
     loss: float
     first: float
+    pruned: float
     trust: tuple[float, ...]
     measured: int
 
@@ -97,13 +101,22 @@ class Found:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A knapsack to be solved: menus with a cost for each limit. meets: whether a policy truly stays within them, where
-    the menus' costs are only about right; safe: one that does."""
+    """A knapsack to be solved: menus with a cost for each limit. pruned: for each menu, (candidates,) bool, which
+    remove weights. meets: whether a policy truly stays within the limits, where the menus' costs are only about right;
+    safe: one that does."""
 
     menus: tuple[Menu, ...]
     limits: tuple[int, ...]
+    pruned: tuple[np.ndarray, ...] = ()
     meets: Callable[[Choices], bool] | None = None
     safe: Choices | None = None
+
+    def weighted(self, factor: float) -> "Task":
+        """The scores of removed weights multiplied."""
+        if not self.pruned:
+            return self
+        own = zip(self.menus, self.pruned, strict=True)
+        return replace(self, menus=tuple(Menu(m.costs, m.losses * np.where(p, factor, 1.0)) for m, p in own))
 
     def solve(self, trust: np.ndarray | None = None) -> Choices:
         """The best policy within the limits, each menu's losses multiplied with its trust.
@@ -162,9 +175,13 @@ def search(
             over = not on_measured(len(measured), most) or len(measured) >= most
         return measured[choices]
 
-    hulls = [hull(Menu(m.costs[:, :1], m.losses)) for m in task.menus]
     best = task.solve()
-    first = float(parts_of(best).mean())
+    first, pruned, own = float(parts_of(best).mean()), 1.0, task
+    for factor in PRUNED:
+        other = own.weighted(factor).solve()
+        if not over and _is_lower(parts_of(other), parts_of(best)):
+            best, pruned, task = other, factor, own.weighted(factor)
+    hulls = [hull(Menu(m.costs[:, :1], m.losses)) for m in task.menus]
     trust = np.ones(len(task.menus))
     while not over and len(measured) + len(hulls) < most:  # calibrate the score around the best policy, solve again
         for i, menu in enumerate(task.menus):
@@ -189,7 +206,7 @@ def search(
             failures += 1
             if over or failures >= TRIES * len(hulls):
                 break
-    return Found(best, float(parts_of(best).mean()), first, tuple(trust.tolist()), len(measured))
+    return Found(best, float(parts_of(best).mean()), first, pruned, tuple(trust.tolist()), len(measured))
 
 
 def _gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:

@@ -64,6 +64,7 @@ def sensitivity(
     units: Sequence[Unit],
     *,
     loss: Loss | None = None,
+    temperature: float = 1.0,
     passes: int | None = None,
     seed: int = 0,
     spill: Path | None = None,
@@ -76,6 +77,7 @@ def sensitivity(
     Args:
         net: in eval mode; its parameters are as before afterwards.
         loss: of every sample, with labels; without, the distance to the network's own outputs.
+        temperature: of that distance, see `DenseOutputs.parts`.
         passes: more of them lower the estimate's spread, about sqrt(2 / passes) of it; by default 128, or as many as
             fit into memory, 32 at least.
         spill: an empty directory for gradients of more than 2 GB, kept as long as the result is used.
@@ -102,7 +104,7 @@ def sensitivity(
             batch = pieces[k % len(pieces)].to(device)
             # cuDNN has no gradients of recurrent layers in eval mode
             with eager(), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-                scalar, part = _surrogate(batch.run(net), batch.target, loss, random)
+                scalar, part = _surrogate(batch.run(net), batch.target, loss, temperature, random)
                 found = _gradients(scalar, parameters)
             on_pass(k + 1, total)
             if not all(g is None or bool(torch.isfinite(g).all()) for g in found):
@@ -132,7 +134,9 @@ def _pieces(data: Sequence[Batch], passes: int) -> list[Batch]:
     return [piece for batch in data for piece in cut(batch, max(math.ceil(batch.size / each), 1))]
 
 
-def _surrogate(out: Any, target: Any, loss: Loss | None, random: torch.Generator) -> tuple[Tensor, float]:
+def _surrogate(
+    out: Any, target: Any, loss: Loss | None, temperature: float, random: torch.Generator
+) -> tuple[Tensor, float]:
     """A scalar whose gradient is the random combination, and what the batch adds to `whole`."""
 
     def signs(like: Tensor) -> Tensor:
@@ -145,7 +149,7 @@ def _surrogate(out: Any, target: Any, loss: Loss | None, random: torch.Generator
     if not found:
         raise UsageError("the network's output holds no tensor of real numbers: nothing to be sensitive")
     plain = [t.detach() for t in found]
-    directions = probe(plain, target, [signs(t) for t in plain])
+    directions = probe(plain, target, [signs(t) for t in plain], temperature)
     scalar = torch.stack([(v * t).sum() for v, t in zip(directions, found, strict=True)]).sum()
     return scalar, energy(plain, target)
 

@@ -12,9 +12,15 @@ from featherweight.layers import Unit
 Among: TypeAlias = Literal["quantize", "prune", "both"]
 """What a goal may choose from: grids alone, sparse fp16 alone, or these and sparse grids."""
 
+Score: TypeAlias = Literal["outputs", "labels", "measured"]
+"""How a candidate is scored: by second order towards the network's own outputs, or the labels' cross-entropy; or by the
+distance that is measured with this weight alone replaced."""
+
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _FORM = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(x|%|[kMG]B|[KMG]iB|B)\s*")
 _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_TIMES = {"us": 1, "ms": 10**3, "s": 10**6}
+_TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(x|%|us|ms|s)\s*")
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(x|%|[kMGT]?)\s*")
 
 
@@ -79,6 +85,22 @@ def share_of(target: str | int, dense: int, what: str) -> int:
     return int(limit)
 
 
+def microseconds(target: str, dense: int) -> int:
+    """What a target for latency allows: `4ms`, `800us` or `0.5s`, or `0.7x` or `70%` of the dense network's.
+
+    >>> microseconds("4ms", 9000), microseconds("0.5x", 9000)
+    (4000, 4500)
+
+    Raises:
+        UsageError: another form, or zero.
+    """
+    match = _TIME.fullmatch(str(target))
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"a target for latency is a time such as 4ms, or a share such as 0.7x or 70%, got {target!r}")
+    value, unit = float(match[1]), match[2]
+    return int(value * dense if unit == "x" else value * dense / 100 if unit == "%" else value * _TIMES[unit])
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -87,9 +109,12 @@ class Goal:
     Args:
         target: of the file, see `target_bytes`. macs, bops: see `share_of`; BOPs are MACs times the bits of both
             factors.
-        among: what may be chosen from; with a limit of MACs, pruning removes whole input channels.
+        latency: see `microseconds`; of one sample on this machine, with the layers made smaller (`featherweight.slim`).
+        among: what may be chosen from; with a limit of MACs or latency, pruning removes whole input channels.
         measurements: how many policies are measured, at most; by default as many as take about a minute or two.
         front: measure policies of other sizes, too, for a picture of accuracy against bytes.
+        score: how candidates are scored. 'measured' runs the network once for each.
+        tied: patterns over weight names; all that one pattern matches get the same method and ratio.
     """
 
     target: str | int | None = None
@@ -98,26 +123,38 @@ class Goal:
     among: Among = "both"
     measurements: int | None = None
     front: bool = False
+    score: Score = "outputs"
+    tied: tuple[str, ...] = ()
+    latency: str | None = None
 
     def __post_init__(self) -> None:
-        if self.target is None and self.macs is None and self.bops is None:
-            raise UsageError("a goal needs a target for bytes, MACs or BOPs")
+        if self.target is None and self.macs is None and self.bops is None and self.latency is None:
+            raise UsageError("a goal needs a target for bytes, MACs, BOPs or latency")
         if self.among not in get_args(Among):
             raise UsageError(f"among must be one of {', '.join(get_args(Among))}, got {self.among!r}")
+        if self.score not in get_args(Score):
+            raise UsageError(f"score must be one of {', '.join(get_args(Score))}, got {self.score!r}")
         if self.measurements is not None and not (type(self.measurements) is int and self.measurements > 0):
             raise UsageError(f"measurements must be a whole number above 0, got {self.measurements!r}")
-        if self.macs is not None and self.among == "quantize":
-            raise UsageError(
-                "grids leave all multiplications in place: for a target of MACs choose among prune or both"
-            )
+        if self.structured and self.among == "quantize":
+            what = "grids leave all multiplications in place"
+            raise UsageError(f"{what}: for a target of MACs or latency choose among prune or both")
         if self.target is not None:
             target_bytes(self.target, 1 << 40)
         for value, what in ((self.macs, "MACs"), (self.bops, "BOPs")):
             if value is not None:
                 share_of(value, 1 << 60, what)
+        if self.latency is not None:
+            microseconds(self.latency, 1 << 40)
 
-    def limits(self, fp32: int, macs: int, bops: int) -> dict[str, int]:
-        """By budget, for a dense network of so many bytes, MACs and BOPs."""
+    @property
+    def structured(self) -> bool:
+        """Whether only whole channels count."""
+        return self.macs is not None or self.latency is not None
+
+    def limits(self, fp32: int, macs: int, bops: int, latency: int) -> dict[str, int]:
+        """By budget, for a dense network of so many bytes, MACs, BOPs and microseconds."""
         found = {} if self.target is None else {"bytes": target_bytes(self.target, fp32)}
         found |= {} if self.macs is None else {"macs": share_of(self.macs, macs, "MACs")}
-        return found | ({} if self.bops is None else {"bops": share_of(self.bops, bops, "BOPs")})
+        found |= {} if self.bops is None else {"bops": share_of(self.bops, bops, "BOPs")}
+        return found | ({} if self.latency is None else {"latency": microseconds(self.latency, latency)})

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from featherweight import reuse_memory
 from featherweight.cli import main
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+reuse_memory()
 torch.set_num_threads(1)  # small problems: threads cost more than they give, above all beside other work
 
 

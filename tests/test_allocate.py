@@ -1,8 +1,10 @@
+import copy
 import json
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import featherweight as fw
 from featherweight.artifact.read import from_bytes
@@ -13,7 +15,10 @@ from featherweight.errors import InfeasibleError, UsageError
 from featherweight.layers import scan
 from featherweight.methods import Gptq, GridSpec, Obq, Obs, PruneQuantize, Rows, Rtn, Unstructured
 from featherweight.recipe import Override, Recipe
-from featherweight.stats import LayerStats
+from featherweight.repair.correct import Reference
+from featherweight.scores import Scores
+from featherweight.search import TEMPERATURE
+from featherweight.stats import LayerStats, capture
 from featherweight.target import Goal, share_of
 from tests.nets import images, tiny
 
@@ -178,6 +183,7 @@ def test_a_target_below_the_floor_names_the_floor(solved):
         ({"macs": "10 potatoes"}, "a target for MACs is"),
         ({"target": "5x", "among": "all"}, "among must be"),
         ({"target": "5x", "measurements": 0}, "measurements must be"),
+        ({"target": "5x", "score": "guessed"}, "score must be"),
     ],
 )
 def test_wrong_goals(settings, said):
@@ -207,6 +213,76 @@ def test_every_kind_of_candidate_is_tried():
     assert {f"gptq {b} bit" for b in range(1, 8)} <= labels["quantize"]
     assert labels["quantize"] | labels["prune"] < labels["both"]
     assert "obs 50% + gptq 4 bit" in labels["both"]
+
+
+def test_tied_weights_get_one_choice(solved):
+    small = compressed(solved, goal("8x", tied=("block*",)))
+    methods = {r.name: r.method for r in small.report.rows}
+    tied = {m for n, m in methods.items() if n.startswith("block")}
+    assert len(tied) == 1
+    assert len([n for n in methods if n.startswith("block")]) > 1
+    limit = small.report.allocation.limits["bytes"]
+    assert 0.9 * limit <= small.report.file_bytes <= limit
+
+
+def test_tied_channels_are_counted_with_what_reads_them():
+    small = fw.compress(chain(), images(64), target=goal(None, macs="0.5x", tied=("2.*", "4.*")))
+    found = small.report.allocation
+    assert found.macs <= found.limits["macs"]
+    small = fw.compress(chain(), images(64), target=goal(None, macs="0.5x", tied=("[24].*",)))
+    methods = {r.name: r.method for r in small.report.rows}
+    assert methods["2.weight"] == methods["4.weight"]
+    assert 0.7 * small.report.allocation.limits["macs"] <= small.report.allocation.macs
+    assert small.report.allocation.macs <= small.report.allocation.limits["macs"]
+
+
+@pytest.mark.parametrize(
+    ("tied", "overrides", "said"),
+    [
+        (("nothing.*",), (), "matches none"),
+        (("conv*", "conv1.*"), (), "one pattern only: conv1.weight"),
+        (("*",), (Override("fc.*", Rtn(GridSpec(7))),), "no method can be tried for each"),
+    ],
+)
+def test_what_cannot_be_tied(tied, overrides, said):
+    with pytest.raises(UsageError, match=said):
+        fw.compress(tiny(), images(), recipe=Recipe(Obq(GridSpec(4)), overrides), target=goal(1700, tied=tied))
+
+
+@pytest.mark.parametrize(("score", "said"), [("labels", "cross-entropy"), ("measured", "one weight replaced")])
+def test_other_scores(solved, score, said):
+    first, second = (compressed(solved, goal("8x", score=score)) for _ in range(2))
+    found = first.report.allocation
+    assert said in found.score
+    assert second.report.allocation.score == found.score
+    assert first.artifact.digest() == second.artifact.digest()
+    assert first.report.file_bytes <= found.limits["bytes"]
+    assert all(c.rise >= 0 for c in found.chosen)
+
+
+def test_a_measured_score_is_the_distance_with_one_weight_replaced(tmp_path):
+    net, data = tiny(), batches(images(128))
+    units = scan(net).units
+    stats = capture(net, data, units)
+    scores = Scores.of("measured", net, data, units, tmp_path, lambda *_: None)
+    unit = units[1]
+    solution = Rtn(GridSpec(2)).solve(unit.view.matrix(net.get_parameter(unit.name).detach()), stats[unit.name])
+    by_hand = copy.deepcopy(net)
+    reference = Reference.of(net, data, units)
+    by_hand.get_parameter(unit.name).data.copy_(unit.view.tensor(solution.weight.dense()))
+    reference.correct(by_hand)
+    assert reference.outputs is not None
+    parts = reference.outputs.parts(by_hand, TEMPERATURE)
+    for _ in range(2):  # and leaves nothing behind
+        assert scores.rise(unit, solution) == pytest.approx(float(parts.mean()), rel=1e-6)
+
+
+def test_scores_that_cannot_be_had():
+    unlabelled = images().tensors[0]
+    with pytest.raises(UsageError, match="one class label a sample"):
+        fw.compress(tiny(), unlabelled, target=goal(1700, score="labels"))
+    with pytest.raises(UsageError, match="needs data"):
+        fw.compress(tiny(), target=goal(1700, score="measured"))
 
 
 def test_the_command_line(run, tmp_path, solved):
@@ -377,3 +453,45 @@ def test_what_a_progress_callback_returns_does_not_matter():
         for told in (lambda *_: None, lambda *_: True)
     ]
     assert files[0] == files[1]
+
+
+def test_rows_that_nothing_reads_are_not_stored():
+    model, data = chain(), images(64)
+    small = fw.compress(model, data, target=goal(None, macs="0.4x"))
+    stored = {u.names[0]: u.weight for u in small.artifact.units}
+    units = {u.name: u for u in scan(model).units}
+    positions = {"0.weight": 64, "2.weight": 64, "4.weight": 64, "8.weight": 1}
+    alone = sum(positions[n] * live(w, units[n]) for n, w in stored.items())
+    assert alone == small.report.allocation.macs  # without looking at what reads them
+    first, second = stored["2.weight"], stored["4.weight"]
+    read = second.mask.reshape(16, 24, 9).any(2).any(0)
+    assert not read.all()
+    assert torch.equal(first.mask.any(1), read)
+    assert first.dense()[~read].abs().sum() == 0
+
+
+def test_latency_is_a_budget_that_the_network_keeps(tmp_path):
+    torch.manual_seed(0)
+    wide = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(128, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    ).eval()
+    data = TensorDataset(torch.randn(48, 3, 24, 24), torch.arange(48) % 10)
+    small = fw.compress(wide, data, target=goal(None, latency="0.6x"))
+    found = small.report.allocation
+    assert 0 < found.latency <= found.limits["latency"] == int(0.6 * found.dense_latency)
+    small.save(tmp_path / "s.fw")
+    net = fw.load(tmp_path / "s.fw", copy.deepcopy(wide))
+    x = torch.randn(2, 3, 24, 24)
+    assert torch.allclose(fw.slim(copy.deepcopy(net))(x), net(x), atol=1e-5)
+    with pytest.raises(InfeasibleError, match="smallest reachable latency"):
+        fw.compress(wide, data, target=goal(None, latency="1us"))
+    with pytest.raises(UsageError, match="a target for latency is"):
+        Goal(latency="soon")

@@ -18,6 +18,7 @@ from featherweight.artifact.schema import BLANK, KEY, MARK, STREAMS, VERSIONS, A
 from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.weights import KINDS
+from featherweight.weights.masks import BoxMap
 
 _KINDS = {kind.kind: kind for kind in KINDS}
 _MAX_DIM = 2**40
@@ -56,10 +57,10 @@ def _artifact(data: bytes) -> Artifact:
     contents = _contents(data)
     streams = _streams(data)
     methods = [_text(m, "methods") for m in _list(contents["methods"], "methods")]
-    optional = ("transposed_groups", "error", "note", "input")[: 3 if contents["format"] == 1 else 4]
+    version = contents["format"]
     entries = enumerate(_list(contents["units"], "units"))
     claims = _Claims(max(_FREE, _DENSEST * len(data)))
-    units = [_unit(entry, i, methods, streams, optional, claims) for i, entry in entries]
+    units = [_unit(entry, i, methods, streams, version, claims) for i, entry in entries]
     rest = dict(_rest(entry, i, streams) for i, entry in enumerate(_list(contents["rest"], "rest")))
     norms = [_norm(entry, i, streams) for i, entry in enumerate(_list(contents["batchnorm"], "batchnorm"))]
     for stream in streams.values():
@@ -84,7 +85,7 @@ def _contents(data: bytes) -> dict[str, Any]:
     if not isinstance(contents, dict) or not _is_count(contents.get("format")):
         raise FormatError("not a featherweight file: its header names no format version")
     if contents["format"] not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
+        known = ", ".join(map(str, VERSIONS))
         raise FormatError(
             f"format version {contents['format']}; this featherweight reads versions {known}. Try a newer release"
         )
@@ -178,12 +179,16 @@ def _streams(data: bytes) -> dict[str, _Stream]:
 
 
 def _unit(
-    entry: Any, i: int, methods: list[str], streams: dict[str, _Stream], optional: tuple[str, ...], claims: _Claims
+    entry: Any, i: int, methods: list[str], streams: dict[str, _Stream], version: int, claims: _Claims
 ) -> StoredUnit:
     where = f"units[{i}]"
+    optional = ("transposed_groups", "error", "note", "input")[: 3 if version == 1 else 4]
     _keys(entry, where, ("names", "shape", "method", "weight"), optional)
-    if "input" not in optional and isinstance(entry["weight"], dict) and "mask" in entry["weight"]:
+    mask = entry["weight"].get("mask") if isinstance(entry["weight"], dict) else None
+    if version == 1 and mask is not None:
         raise FormatError(f"{where}: version 1 has no masks of patterns")
+    if version == 2 and isinstance(mask, dict) and mask.get("kind") == BoxMap.kind:
+        raise FormatError(f"{where}: version 2 has no masks of rows and channels together")
     names = tuple(_text(n, f"{where}.names") for n in _list(entry["names"], f"{where}.names"))
     shape = _shape(entry["shape"], f"{where}.shape")
     groups = entry.get("transposed_groups", 0)

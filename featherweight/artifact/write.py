@@ -16,6 +16,7 @@ from torch import Tensor
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import BLANK, KEY, MARK, STREAM_OF, VERSIONS, Artifact
 from featherweight.errors import FormatError, UsageError
+from featherweight.weights.masks import BoxMap
 
 
 def to_bytes(artifact: Artifact) -> bytes:
@@ -50,7 +51,7 @@ def to_bytes(artifact: Artifact) -> bytes:
         norms.append([norm.name, put(norm.scale), len(norm.scale), norm.eps])
         put(norm.shift)
     contents = {
-        "format": VERSIONS[1 if artifact.inputs() or any("mask" in u["weight"] for u in units) else 0],
+        "format": _version(artifact, [u["weight"] for u in units]),
         "checksum": BLANK,
         "methods": methods,
         "units": units,
@@ -99,3 +100,11 @@ def write(artifact: Artifact, path: Path) -> int:
         with suppress(OSError):
             temporary.unlink()
     return len(data)
+
+
+def _version(artifact: Artifact, weights: list[dict[str, Any]]) -> int:
+    """The lowest that can say what is in the file."""
+    masks = [w["mask"]["kind"] for w in weights if "mask" in w]
+    if BoxMap.kind in masks:
+        return VERSIONS[2]
+    return VERSIONS[1] if masks or artifact.inputs() else VERSIONS[0]

@@ -109,12 +109,12 @@ def is_classification(outputs: list[Tensor], target: Any) -> bool:
     return labels and scores is not None and scores.ndim == 2 and scores.shape[1] > 1
 
 
-def probe(want: list[Tensor], target: Any, noise: list[Tensor]) -> list[Tensor]:
+def probe(want: list[Tensor], target: Any, noise: list[Tensor], temperature: float = 1.0) -> list[Tensor]:
     """For independent `noise` of mean 0 and variance 1 in the shape of the outputs: v, one tensor for each of them,
     with E[v vᵀ] the Hessian of the distance's numerator at the dense outputs: diag(p) - p pᵀ for every row of class
-    scores, p its probabilities, and 2 I elsewhere."""
+    scores, p its probabilities at the temperature, and 2 I elsewhere."""
     if is_classification(want, target):
-        p = want[0].softmax(1)
+        p = (want[0] / temperature).softmax(1)
         root = p.sqrt()
         return [root * noise[0] - p * (root * noise[0]).sum(1, keepdim=True)]
     return [math.sqrt(2) * n for n in noise]

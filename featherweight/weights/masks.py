@@ -230,9 +230,45 @@ class ChannelMap:
         return cls(_taps(meta, shape), groups)
 
 
-AnyMask: TypeAlias = Bitmap | BlockMap | NofM | RowMap | ChannelMap
-MASKS: dict[str, type[BlockMap] | type[NofM] | type[RowMap] | type[ChannelMap]] = {
-    m.kind: m for m in (BlockMap, NofM, RowMap, ChannelMap)
+@final
+@dataclass(frozen=True, slots=True)
+class BoxMap:
+    """A bit a row and a bit an input channel: what is left is a smaller matrix."""
+
+    kind: ClassVar[str] = "box"
+    taps: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.taps >= 1, "taps must be at least 1", self.taps)
+
+    def size(self, shape: tuple[int, int]) -> int:
+        return packed_size(shape[0] + shape[1] // self.taps, 1)
+
+    def encode(self, keep: Tensor) -> Tensor:
+        rows = keep.any(dim=1)
+        channels = keep.reshape(len(keep), -1, self.taps).any(dim=2).any(dim=0)
+        whole = rows[:, None] & channels.repeat_interleave(self.taps)
+        require(torch.equal(whole, keep), "the mask must be whole channels of whole rows", "others")
+        return pack(torch.cat([rows, channels]), 1)
+
+    def decode(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
+        bits = _bits(packed, shape[0] + shape[1] // self.taps)
+        rows, channels = bits[: shape[0]], bits[shape[0] :]
+        if bool(rows.any()) != bool(channels.any()):
+            raise FormatError("a mask of rows and channels keeps none of the one and some of the other")
+        return rows[:, None] & channels.repeat_interleave(self.taps)
+
+    def meta(self) -> Meta:
+        return {"taps": self.taps}
+
+    @classmethod
+    def load(cls, meta: Meta, shape: tuple[int, int]) -> Self:
+        return cls(_taps(meta, shape))
+
+
+AnyMask: TypeAlias = Bitmap | BlockMap | NofM | RowMap | ChannelMap | BoxMap
+MASKS: dict[str, type[BlockMap] | type[NofM] | type[RowMap] | type[ChannelMap] | type[BoxMap]] = {
+    m.kind: m for m in (BlockMap, NofM, RowMap, ChannelMap, BoxMap)
 }  # what a file names; a Bitmap has no name there
 
 

@@ -43,7 +43,7 @@ def parse(data: bytes):
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     contents = json.loads(header["__metadata__"]["featherweight"])
-    assert contents["format"] in (1, 2)
+    assert contents["format"] in (1, 2, 3)
     mark = b'\\"checksum\\":\\"'
     assert data.count(mark + contents["checksum"].encode()) == 1
     blank = data.replace(mark + contents["checksum"].encode(), mark + b"0" * 32)
@@ -75,7 +75,7 @@ def parse(data: bytes):
         for name in entry["names"]:
             tensors[name] = tensor.reshape(shape)
         if "input" in entry:
-            assert contents["format"] == 2
+            assert contents["format"] >= 2
             grids |= dict.fromkeys(entry["names"], tuple(entry["input"][k] for k in ("bits", "scale", "zero")))
     for name, dtype, shape in contents["rest"]:
         tensors[name] = widened(dtype, take(dtype, prod(shape))).reshape(shape)
@@ -118,6 +118,9 @@ def kept(take, rows, cols, form):
         return integers(take, rows, 1).astype(bool).repeat(cols)
     taps = form["taps"]
     channels = cols // taps
+    if form["kind"] == "box":
+        bits = integers(take, rows + channels, 1).astype(bool)
+        return np.repeat(bits[:rows, None] & bits[rows:], taps, axis=1)
     mask = np.zeros((rows, channels, taps), bool)
     if form["kind"] == "channels":
         bits = integers(take, form["groups"] * channels, 1).reshape(form["groups"], channels)

@@ -27,7 +27,7 @@ from featherweight.layers import View
 from featherweight.methods import NM, Blocks, Channels, Rows
 from featherweight.methods.patterns import keep_largest
 from featherweight.weights import Dense, Grid, Sparse
-from featherweight.weights.masks import BlockMap, ChannelMap, NofM, RowMap
+from featherweight.weights.masks import BlockMap, BoxMap, ChannelMap, NofM, RowMap
 from tests.artifact import mini_reader
 from tests.artifact.handmade import take_apart
 from tests.golden import make_v2
@@ -99,9 +99,16 @@ def patterned(draw, rows, cols, values):
             st.builds(BlockMap, st.integers(1, 5), st.just(taps)),
             st.integers(1, 6).flatmap(lambda m: st.builds(NofM, st.integers(1, m), st.just(m), st.just(taps))),
             st.builds(RowMap),
+            st.builds(BoxMap, st.just(taps)),
             st.builds(ChannelMap, st.just(taps), st.sampled_from([g for g in range(1, rows + 1) if rows % g == 0])),
         )
     )
+    if isinstance(form, BoxMap):
+        some = [
+            torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in (rows - 1, cols // taps - 1)
+        ]
+        own, channels = (torch.cat([torch.ones(1, dtype=torch.bool), s.bool()]) for s in some)
+        return own[:, None] & channels.repeat_interleave(taps), values, form
     pattern = {
         BlockMap: lambda: Blocks(draw(st.floats(0, 0.99)), form.block),
         NofM: lambda: NM(form.n, form.m),
@@ -157,8 +164,9 @@ def test_a_file_read_and_written_again_has_the_same_bytes(artifact):
 
 @every
 def test_a_file_is_of_the_lowest_version_that_can_say_it(artifact):
+    masks = [m for u in artifact.units if (m := u.weight.meta().get("mask"))]
     assert take_apart(to_bytes(artifact)).contents["format"] == (
-        2 if artifact.inputs() or any("mask" in u.weight.meta() for u in artifact.units) else 1
+        3 if any(m.get("kind") == "box" for m in masks) else 2 if artifact.inputs() or masks else 1
     )
 
 

@@ -344,7 +344,7 @@ def shorter(stream, size):
 HUGE = 2**39
 ATTACKS = {
     # versions
-    "version-3": (edit("format", 3), "version 3; this featherweight reads versions 1 and 2. Try a newer release"),
+    "version-4": (edit("format", 4), "version 4; this featherweight reads versions 1, 2, 3. Try a newer release"),
     "version-1-with-inputs": (edit("format", 1), r"units\[1\] must have the fields"),
     "version-0": (edit("format", 0), "format version 0"),
     "version-true": (edit("format", True), "no format version"),
@@ -614,17 +614,37 @@ def test_a_small_file_cannot_claim_much_memory():
         ({"kind": "rows"}, 1),
         ({"kind": "n:m", "n": 1, "m": 1, "taps": 1}, 0),
         ({"kind": "channels", "taps": 2**36, "groups": 1}, 1),
+        ({"kind": "box", "taps": 2**36}, 1),
     ],
 )
 def test_a_mask_of_a_pattern_cannot_claim_much_memory(mask, payload):
     weight = {"kind": "sparse", "values": "dense", "type": "f16", "kept": 0, "mask": mask}
     parts = take_apart(to_bytes(Artifact((), {}, ())))
     unit = {"names": ["w"], "shape": [1, 2**36], "method": 0, "weight": weight}
-    parts.contents |= {"format": 2, "methods": ["x"], "units": [unit]}
+    parts.contents |= {"format": 3, "methods": ["x"], "units": [unit]}
     parts.add("u8", bytes(payload))
     made = parts.file()
     with frugal(limit=1 << 20), pytest.raises(FormatError, match="more entries than a file of this size may claim"):
         from_bytes(made)
+
+
+def box_file(version: int, bits: int) -> bytes:
+    """One weight of 2 rows and 3 columns, of which the bits of a mask keep nothing or something."""
+    weight = {"kind": "sparse", "values": "dense", "type": "f16", "kept": 0, "mask": {"kind": "box", "taps": 1}}
+    parts = take_apart(to_bytes(Artifact((), {}, ())))
+    unit = {"names": ["w"], "shape": [2, 3], "method": 0, "weight": weight}
+    parts.contents |= {"format": version, "methods": ["x"], "units": [unit]}
+    parts.add("u8", bytes([bits]))
+    return parts.file()
+
+
+def test_a_mask_of_rows_and_channels_has_both_or_none_and_its_version():
+    assert not from_bytes(box_file(3, 0)).units[0].tensor().any()
+    for bits in (0b00001, 0b00100):
+        with pytest.raises(FormatError, match="none of the one and some of the other"):
+            from_bytes(box_file(3, bits))
+    with pytest.raises(FormatError, match="version 2 has no masks of rows and channels"):
+        from_bytes(box_file(2, 0))
 
 
 def test_no_name_in_a_file_is_imported_or_run(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from featherweight.methods import NM, Blocks, Channels, Rows
 from featherweight.methods.patterns import keep_largest
 from featherweight.weights import KINDS, Dense, Grid, Sparse, Weight
 from featherweight.weights.base import float_type
-from featherweight.weights.masks import BlockMap, ChannelMap, NofM, RowMap
+from featherweight.weights.masks import BlockMap, BoxMap, ChannelMap, NofM, RowMap
 from tests.artifact import mini_reader
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -78,6 +78,11 @@ _PATTERNED = {
     "rows": (RowMap(), Rows(0.5), 1),
     "channels": (ChannelMap(3, 2), Channels(0.5), 3),
 }
+for _values in (dense(4, 6, F16), grid(4, 6, 3, 4, sym=False), dense(1, 6, F32)):
+    _rows, _channels = torch.arange(_values.shape[0]) % 3 != 1, torch.tensor([True, False])
+    _box = _rows[:, None] & _channels.repeat_interleave(3)
+    _size = "x".join(map(str, _values.shape))
+    INSTANCES[label("sparse", _values.kind, "box", _size)] = Sparse(_box, _values, BoxMap(3))
 for _name, (_form, _pattern, _taps) in _PATTERNED.items():
     for _values in (dense(4, 6, F16), grid(4, 6, 3, 4, sym=False)):
         _keep = keep_largest(torch.rand(4, 6, generator=GENERATOR), _pattern, _taps, getattr(_form, "groups", 1))

@@ -1,0 +1,110 @@
+"""Layers that compute only what is left of them.
+
+A layer whose weight has whole rows or input channels of zeros is made smaller in place: the remaining channels are
+taken from its input, and its outputs are put where they belong among constant ones. The network around it sees the same
+shapes and, up to rounding, the same numbers.
+"""
+
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.activations import simulated
+from featherweight.errors import UsageError
+
+M = TypeVar("M", bound=nn.Module)
+
+_CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_READERS = nn.MultiheadAttention, nn.TransformerEncoderLayer  # have a fast path that takes weights out of layers
+
+
+@final
+class Slim(nn.Module):
+    """layer: a linear layer or a convolution without groups, which becomes smaller. rows, channels: int64, those that
+    stay, at least one of each. Subclasses of layers keep whatever else they do with their inputs."""
+
+    layer: nn.Module
+
+    def __init__(self, layer: nn.Module, rows: Tensor, channels: Tensor) -> None:
+        super().__init__()
+        weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+        outputs, inputs = weight.shape[:2]
+        self.rank = weight.ndim - 2  # dimensions of a sample beyond its channels
+        self.layer, self.outputs = layer, outputs
+        own = weight.detach()[rows][:, channels].contiguous()
+        layer.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
+        names = ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("out_channels", "in_channels")
+        for name, size in zip(names, (len(rows), len(channels)), strict=True):
+            setattr(layer, name, size)
+        others = bias.detach().clone() if bias is not None else own.new_zeros(outputs)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach()[rows].clone(), requires_grad=bias.requires_grad)
+        device = weight.device
+        self.rows: Tensor | None
+        self.channels: Tensor | None
+        self.constant: Tensor
+        self.register_buffer("rows", None if len(rows) == outputs else rows.to(device), persistent=False)
+        self.register_buffer("channels", None if len(channels) == inputs else channels.to(device), persistent=False)
+        self.register_buffer("constant", others.reshape(-1, *[1] * self.rank), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = -1 - self.rank
+        if self.channels is not None:
+            x = x.index_select(where, self.channels)
+        y = self.layer(x)
+        if self.rows is None:
+            return y
+        shape = list(y.shape)
+        shape[where] = self.outputs
+        return self.constant.to(y.dtype).expand(shape).clone().index_copy_(where, self.rows, y)
+
+
+def slim(model: M) -> M:
+    """Make the layers of a network smaller in place, where whole rows or input channels of their weights are zero, as
+    pruning by channels leaves them. Returns the network, for inference: names of its tensors change.
+
+    Linear layers and convolutions without groups are made smaller, unless their weight is tied to another or belongs to
+    a layer that reads it without calling them (attention). What is left of a layer is computed as before; outputs of
+    which nothing is left become their bias.
+
+    Raises:
+        UsageError: the network simulates rounded inputs, which go by the names of its tensors.
+    """
+    if simulated(model):
+        raise UsageError("this network rounds inputs by the names of its weights, which would change")
+    for name in [n for n, _ in model.named_parameters() if fits(model, n)]:
+        place, _, _ = name.rpartition(".")
+        parent, _, own = place.rpartition(".")
+        layer = model.get_submodule(place)
+        setattr(model.get_submodule(parent), own, narrowed(layer, *extent(layer.get_parameter("weight"))))
+    return model
+
+
+def narrowed(layer: nn.Module, rows: Tensor, channels: Tensor) -> nn.Module:
+    """The layer, made smaller in place: only these rows and input channels, int64, stay; one of each at least. The
+    layer itself where everything does."""
+    weight = layer.get_parameter("weight")
+    if len(rows) == weight.shape[0] and len(channels) == weight.shape[1]:
+        return layer
+    first = torch.zeros(1, dtype=torch.int64)
+    return Slim(layer, rows if len(rows) else first, channels if len(channels) else first)
+
+
+def extent(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and input channels with anything but zeros in them, int64 each."""
+    used = (weight.detach() != 0).reshape(*weight.shape[:2], -1).any(dim=2).cpu()
+    return used.any(dim=1).nonzero()[:, 0], used.any(dim=0).nonzero()[:, 0]
+
+
+def fits(model: nn.Module, name: str) -> bool:
+    """Whether the layer with the weight of this name can be made smaller."""
+    place, _, own = name.rpartition(".")
+    if own != "weight" or not place:
+        return False
+    layer, parent = model.get_submodule(place), model.get_submodule(place.rpartition(".")[0])
+    plain = isinstance(layer, nn.Linear) or (isinstance(layer, _CONVS) and layer.groups == 1)
+    if not plain or layer._forward_pre_hooks or isinstance(parent, _READERS):
+        return False
+    weight = layer.get_parameter("weight")
+    return sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) == 1
