@@ -2,6 +2,7 @@
 
     python -m bench.allocate prediction [--only resnet20_cifar10] [--policies 40]
     python -m bench.allocate targets [--only resnet20_cifar10]
+    python -m bench.allocate operations
 
 `prediction`: random policies, every layer at a random rate; three predictions of each (the sum of the second-order
 scores; the distance to the dense outputs on held-out calibration images, before and after BatchNorm is corrected, as
@@ -9,7 +10,8 @@ the search measures it)
 against the accuracy over the whole test set after the correction: Spearman correlations and a scatter plot.
 
 `targets`: the files of `compress --target` by what may be chosen from, and the largest uniform setting that is not
-larger, each read back in a fresh process. Both write to bench/results/allocate.json and .md.
+larger, each read back in a fresh process. `operations`: half the multiplications, two thirds of the time, and twelve
+times smaller, with and without finetuning. All write to bench/results/allocate.json and .md.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from featherweight.methods import Gptq, GridSpec, Method, Obs, PruneQuantize, So
 from featherweight.metrics import accuracy
 from featherweight.repair.correct import Reference
 from featherweight.scores import CORRECTING
-from featherweight.search import Judge
+from featherweight.search import TEMPERATURE, Judge
 from featherweight.sensitivity import sensitivity
 from featherweight.stats import capture
 
@@ -78,6 +80,17 @@ TARGETS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 AMONG = ("both", "quantize", "prune")
+TUNED = "--finetune 5 --train {zoo}:cifar10_train10k"
+OPERATIONS = (
+    "--target-macs 0.5x",
+    f"--target-macs 0.5x {TUNED}",
+    "--target-macs 0.75x",
+    f"--target-macs 0.75x {TUNED}",
+    "--target-latency 0.67x",
+    f"--target-latency 0.67x {TUNED}",
+    "--target 12x",
+    f"--target 12x {TUNED}",
+)
 
 
 def zoo(path: Path) -> Any:
@@ -101,9 +114,9 @@ def rates() -> list[Method]:
 def prediction(net: nn.Module, data: Any, test: Any, policies: int, seed: int = 0) -> list[dict[str, float]]:
     """A line a policy. Each has a rate of its own around which its layers' rates vary."""
     samples, units = batches(data), scan(net).units
-    solving, _ = split(samples)
+    solving, judging = split(samples)
     stats = capture(net, solving, units)
-    scores = sensitivity(net, solving, units)
+    scores = sensitivity(net, judging, units, temperature=TEMPERATURE)
     methods = rates()
     count = sum(b.size for b in solving)
     with tempfile.TemporaryDirectory() as folder:
@@ -173,6 +186,17 @@ def line_of(zoo_file: Path, network: str, settings: str, file: Path, database: P
     return found | {"settings": settings}
 
 
+def operations(zoo_file: Path, network: str) -> list[dict[str, Any]]:
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for settings in OPERATIONS:
+            asked = settings.format(zoo=zoo_file)
+            found = line_of(zoo_file, network, asked, Path(folder) / "small.fw", Path(folder) / "solved")
+            lines.append(found | {"settings": settings.replace("{zoo}:", "")})
+            print(lines[-1], flush=True)
+    return lines
+
+
 def targets(zoo_file: Path, network: str) -> list[dict[str, Any]]:
     """Every target with everything to choose from, with grids alone and with pruning alone; then uniform settings. The
     first run finds an empty database, the later ones what it solved."""
@@ -226,12 +250,24 @@ def tables(content: dict[str, Any]) -> str:
             "",
             "The first target of a network starts with an empty database, the others find its solved candidates.",
         ]
+    if content.get("operations"):
+        rows += ["", "Fewer operations, and finetuning (5 epochs of 10,000 images, towards the dense network):", ""]
+        rows += ["| network | settings | file bytes | multiplications | one sample | top-1 | all |"]
+        rows += ["|---|---|--:|--:|--:|--:|--:|"]
+        for network, lines in content["operations"].items():
+            for x in lines:
+                macs = f"{x['macs'] / 1e6:.1f} of {x['dense_macs'] / 1e6:.1f} M"
+                took = f"{x['latency'] / 1e3:.2f} of {x['dense_latency'] / 1e3:.2f} ms" if "latency" in x else ""
+                rows.append(
+                    f"| {network} ({x['before']:.2f}) | `{x['settings']}` | {x['file_bytes']:,} | {macs} | {took} | "
+                    f"{x['after']:.2f} | {x['compress_s']:.0f} s |"
+                )
     return "\n".join(rows) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("prediction", "targets"))
+    parser.add_argument("part", choices=("prediction", "targets", "operations"))
     parser.add_argument("--only", action="append")
     parser.add_argument("--policies", type=int, default=40)
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
@@ -240,13 +276,14 @@ def main() -> None:
     content: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
     content["machine"] = f"{os.cpu_count()} cores, torch {torch.__version__}"
     known = content.setdefault(options.part, {})
-    for network in options.only or (PREDICTED if options.part == "prediction" else TARGETS):
+    every = {"prediction": PREDICTED, "targets": TARGETS, "operations": ("resnet20_cifar10",)}
+    for network in options.only or every[options.part]:
         if options.part == "prediction":
             module, (data, test) = zoo(options.zoo), PREDICTED[network]
             net = getattr(module, network)().requires_grad_(False)
             known[network] = prediction(net, getattr(module, data)(), getattr(module, test)(), options.policies)
         else:
-            known[network] = targets(options.zoo, network)
+            known[network] = {"targets": targets, "operations": operations}[options.part](options.zoo, network)
         store.write_text(json.dumps(content, indent=1) + "\n")
         (RESULTS / "allocate.md").write_text(tables(content))
     if options.part == "prediction":

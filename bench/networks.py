@@ -94,6 +94,7 @@ def measure(zoo: Path, network: str, calibration: str, test: str, settings: str,
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     found = json.loads(done.stdout)
+    counted = found.get("allocation") or {}
     return {
         "network": network,
         "settings": settings,
@@ -108,7 +109,7 @@ def measure(zoo: Path, network: str, calibration: str, test: str, settings: str,
         "stages_s": found["seconds"],
         "compress_s": round(sum(found["seconds"].values()), 1),
         "wall_s": round(wall, 1),
-    }
+    } | {name: counted[name] for name in ("macs", "dense_macs", "latency", "dense_latency") if counted.get(name)}
 
 
 def table(lines: list[dict[str, Any]]) -> str:

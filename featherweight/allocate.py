@@ -112,7 +112,7 @@ class Stage:
         return {b: there[b] - limit for b, limit in self.outcome.limits.items() if there[b] > limit}
 
     def tighter(self, over: Mapping[str, int]) -> "Stage":
-        """With so much less of each budget than now, and a little more of bytes, as no two policies' headers are equally
+        """With so much less of each budget than now, of bytes a little more, as no two policies' headers are equally
         long: by the score, nothing is measured again.
 
         Raises:
@@ -182,6 +182,7 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         points,
         **allocator.counted({name: c.solution.weight for name, c in allocator.taken(choices).items()}),
         dense_macs=macs,
+        latency=0 if clock is None else allocator.overhead + allocator.costs(choices, ["latency"])["latency"],
         dense_latency=0 if clock is None else clock.dense,
     )
     return Stage(allocator, limits, task, choices, pruned, trust, outcome)

@@ -10,13 +10,10 @@ from torch import nn
 from featherweight.activations import ActivationGrid
 from featherweight.artifact.write import to_bytes
 from featherweight.candidates import (
-    FLOAT,
     Candidate,
     channels_read,
-    extent,
-    live,
     menu_of,
-    weight_bits,
+    operations,
     without_rows,
 )
 from featherweight.errors import InfeasibleError
@@ -68,7 +65,8 @@ class Allocation:
     own policy, measured: of the chosen one, both None where there was nothing to measure on; policies: how many were
     measured. score: what the scores are. front: of the first budget, from small to large. macs, bops: of the network as
     it was stored, counted again, for one sample; dense_macs: before. latency, dense_latency: of the whole network with
-    its layers made smaller, and before; 0 where it has no limit."""
+    its layers made smaller, predicted before it is stored and then measured, and of the dense one; 0 where it has no
+    limit."""
 
     chosen: tuple[Chosen, ...]
     limits: dict[str, int]
@@ -155,10 +153,8 @@ class Allocator:
 
     def _counted(self, unit: Unit, weight: Weight, reader: Unit | None, reading: Weight | None) -> dict[str, int]:
         needed = None if reader is None or reading is None else channels_read(reading, reader)
-        macs = round(self.positions[unit.name] * live(weight, unit, needed))
-        bops = macs * weight_bits(weight) * (self.input_bits.get(unit.name, 0) or FLOAT)
-        took = 0 if self.clock is None else self.clock.layer(unit, *extent(weight, unit, needed))
-        return {"macs": macs, "bops": bops, "latency": took}
+        bits = self.input_bits.get(unit.name, 0)
+        return operations(weight, unit, self.positions[unit.name], bits, self.clock, needed)
 
     def _own(self, i: int, choices: Choices) -> dict[str, int]:
         """What one unit costs beside the others, each case counted once; choices: of every unit."""

@@ -180,12 +180,10 @@ def solve_candidates(
                 solution, _ = store.solve(method, w, seen, shared)
             except SolveError as error:
                 raise SolveError(f"{unit.name}: {error}") from error
-            macs = round(positions * live(solution.weight, unit))
-            bops = macs * weight_bits(solution.weight) * (input_bits.get(unit.name, 0) or FLOAT)
             final = method if unit.name in fixed else refined(method)
-            took = 0 if clock is None else clock.layer(unit, *extent(solution.weight, unit))
-            own = solution.weight.bits() // 8, macs, bops, took, rise(unit, method, solution)
-            rows.append(Candidate(method, final, solution, *own))
+            counted = operations(solution.weight, unit, positions, input_bits.get(unit.name, 0), clock)
+            size, lost = solution.weight.bits() // 8, rise(unit, method, solution)
+            rows.append(Candidate(method, final, solution, bytes=size, rise=lost, **counted))
             done += 1
             progress("candidates", done, total)
         found[unit.name] = rows
@@ -201,6 +199,19 @@ def menu_of(together: Sequence[Sequence[Candidate]], budgets: Sequence[str]) -> 
     """The menu of units that share one choice, (units, candidates), with a cost for each budget."""
     costs = np.array([[[getattr(c, b) for b in budgets] for c in rows] for rows in together], np.int64)
     return Menu(costs.sum(axis=0), np.array([[c.rise for c in rows] for rows in together], np.float64).sum(axis=0))
+
+
+def operations(
+    weight: Weight, unit: Unit, positions: float, input_bits: int, clock: Clock | None, needed: Tensor | None = None
+) -> dict[str, int]:
+    """MACs, BOPs and latency of one weight, see `Candidate`. positions: see `uses`. needed: see `live`."""
+    macs = round(positions * live(weight, unit, needed))
+    bops = macs * weight_bits(weight) * (input_bits or FLOAT)
+    return {
+        "macs": macs,
+        "bops": bops,
+        "latency": 0 if clock is None else clock.layer(unit, *extent(weight, unit, needed)),
+    }
 
 
 def live(weight: Weight, unit: Unit, needed: Tensor | None = None) -> int:

@@ -20,7 +20,7 @@ from featherweight.search import TEMPERATURE
 from featherweight.sensitivity import sensitivity
 from featherweight.target import Score
 
-CORRECTING = 256  # samples that statistics are corrected on while scores or policies are measured
+CORRECTING = 64  # samples that statistics are corrected on while scores or policies are measured
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 

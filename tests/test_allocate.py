@@ -250,8 +250,9 @@ def test_what_cannot_be_tied(tied, overrides, said):
 
 
 @pytest.mark.parametrize(("score", "said"), [("labels", "cross-entropy"), ("measured", "one weight replaced")])
-def test_other_scores(solved, score, said):
-    first, second = (compressed(solved, goal("8x", score=score)) for _ in range(2))
+def test_other_scores(tmp_path, score, said):
+    settings = {"target": goal(1700, score=score), "database": tmp_path / "solved"}
+    first, second = (fw.compress(tiny(), images(), **settings) for _ in range(2))
     found = first.report.allocation
     assert said in found.score
     assert second.report.allocation.score == found.score
