@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,35 +187,28 @@ def line_of(zoo_file: Path, network: str, settings: str, file: Path, database: P
     return found | {"settings": settings}
 
 
-def operations(zoo_file: Path, network: str) -> list[dict[str, Any]]:
-    lines = []
+def operations(zoo_file: Path, network: str, _among: Sequence[str]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for settings in OPERATIONS:
             asked = settings.format(zoo=zoo_file)
             found = line_of(zoo_file, network, asked, Path(folder) / "small.fw", Path(folder) / "solved")
-            lines.append(found | {"settings": settings.replace("{zoo}:", "")})
-            print(lines[-1], flush=True)
-    return lines
+            yield found | {"settings": settings.replace("{zoo}:", "")}
 
 
-def targets(zoo_file: Path, network: str) -> list[dict[str, Any]]:
+def targets(zoo_file: Path, network: str, among: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every target with everything to choose from, with grids alone and with pruning alone; then uniform settings. The
     first run finds an empty database, the later ones what it solved."""
     *_, wanted, uniform = TARGETS[network]
-    lines = []
     with tempfile.TemporaryDirectory() as folder:
         file, database = Path(folder) / "small.fw", Path(folder) / "solved"
-        for target in wanted:
-            for among in AMONG:
-                found = line_of(zoo_file, network, f"--target {target} --among {among}", file, database)
-                lines.append(found | {"target": target, "among": among})
-                print(lines[-1], flush=True)
-        for settings in uniform:
+        for kind in (k for k in AMONG if k in among):
+            for target in wanted:
+                found = line_of(zoo_file, network, f"--target {target} --among {kind}", file, database)
+                yield found | {"target": target, "among": kind}
+        for settings in uniform if "uniform" in among else ():
             for order in ("", " --sequential"):
                 found = line_of(zoo_file, network, settings + order, file, database)
-                lines.append(found | {"target": None, "among": "uniform"})
-                print(lines[-1], flush=True)
-    return lines
+                yield found | {"target": None, "among": "uniform"}
 
 
 def tables(content: dict[str, Any]) -> str:
@@ -235,17 +229,16 @@ def tables(content: dict[str, Any]) -> str:
         for network, lines in content["targets"].items():
             for target in dict.fromkeys(x["target"] for x in lines if x["target"]):
                 own = {x["among"]: x for x in lines if x["target"] == target}
-                limit = own["both"]["fp32_bytes"] / float(target.removesuffix("x"))
+                limit = lines[0]["fp32_bytes"] / float(target.removesuffix("x"))
                 fitting = [x for x in lines if x["among"] == "uniform" and x["file_bytes"] <= limit]
                 best = max(fitting, key=lambda x: x["after"], default=None)
-                four = [own[a] for a in AMONG] + ([best] if best else [])
-                cells = [f"{x['after']:.2f}" for x in four] + ["-"] * (4 - len(four))
+                four = [*(own.get(a) for a in AMONG), best]
+                cells = [f"{x['after']:.2f}" if x else "-" for x in four]
                 note = f" (`{best['settings'].strip()}`)" if best else ""
-                sizes = ", ".join(f"{x['file_bytes']:,}" for x in four)
-                rows.append(
-                    f"| {network} ({own['both']['before']:.2f}) | {target} | {' | '.join(cells)}{note} | {sizes} | "
-                    f"{own['both']['compress_s']:.0f} s |"
-                )
+                sizes = ", ".join(f"{x['file_bytes']:,}" if x else "-" for x in four)
+                took = f"{own['both']['compress_s']:.0f} s" if "both" in own else "-"
+                before = lines[0]["before"]
+                rows.append(f"| {network} ({before:.2f}) | {target} | {' | '.join(cells)}{note} | {sizes} | {took} |")
         rows += [
             "",
             "The first target of a network starts with an empty database, the others find its solved candidates.",
@@ -265,10 +258,16 @@ def tables(content: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def write(content: dict[str, Any]) -> None:
+    (RESULTS / "allocate.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / "allocate.md").write_text(tables(content))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("prediction", "targets", "operations"))
     parser.add_argument("--only", action="append")
+    parser.add_argument("--among", action="append", choices=(*AMONG, "uniform"), help="of targets; the rest is kept")
     parser.add_argument("--policies", type=int, default=40)
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
     options = parser.parse_args()
@@ -282,10 +281,14 @@ def main() -> None:
             module, (data, test) = zoo(options.zoo), PREDICTED[network]
             net = getattr(module, network)().requires_grad_(False)
             known[network] = prediction(net, getattr(module, data)(), getattr(module, test)(), options.policies)
+            write(content)
         else:
-            known[network] = {"targets": targets, "operations": operations}[options.part](options.zoo, network)
-        store.write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / "allocate.md").write_text(tables(content))
+            lines = {"targets": targets, "operations": operations}[options.part]
+            for line in lines(options.zoo, network, options.among or (*AMONG, "uniform")):
+                print(line, flush=True)
+                others = [x for x in known.get(network, []) if x["settings"] != line["settings"]]
+                known[network] = [*others, line]
+                write(content)
     if options.part == "prediction":
         scatter(known, RESULTS / "prediction.png")
 

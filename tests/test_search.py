@@ -1,11 +1,12 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from featherweight.errors import InfeasibleError
 from featherweight.knapsack import Menu
-from featherweight.search import Choices, Task, search
+from featherweight.search import ENOUGH, Choices, Task, search
 
 
 def task_of(seed: int, units: int = 4, candidates: int = 4, share: float = 0.5) -> Task:
@@ -96,3 +97,19 @@ def test_what_may_be_chance_changes_nothing():
     random = np.random.default_rng(1)
     found = search(task, lambda c: 1 + random.normal(size=200), 60)
     assert found.choices == task.solve()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_removed_weights_count_for_what_they_measure(seed):
+    """Every second candidate removes weights and truly loses four times its score."""
+    plain = task_of(seed, units=6, candidates=6)
+    task = replace(plain, pruned=tuple(np.arange(6) % 2 == 1 for _ in plain.menus))
+    true = task.weighted(4.0)
+
+    def judge(choices: Choices) -> float:
+        return sum(float(m.losses[c]) for m, c in zip(true.menus, choices, strict=True))
+
+    found = search(task, lambda c: np.array([judge(c)]), 4)  # no more than the factors take
+    assert found.loss == pytest.approx(judge(true.solve()), rel=2 * (1 - ENOUGH))
+    assert found.loss <= found.first
+    assert (found.pruned == 1.0) == (found.loss == found.first)
