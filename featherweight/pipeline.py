@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, FloatInput, calibrate, simulate, simulated, stays_float
 from featherweight.allocate import SECONDS, Setting, allocate
-from featherweight.allocator import Allocation
+from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.write import to_bytes
@@ -38,6 +38,7 @@ from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, baselines, target_bytes
 from featherweight.weights import Weight
 
+TURNS = 6  # times that chosen methods are solved, where the result misses its target
 RATE = 4e9  # multiply-adds a second that the time estimate assumes
 
 
@@ -164,7 +165,9 @@ def compress(
                 )
                 stage = allocate(setting, goal, progress)
                 net.load_state_dict(original, strict=False)
+        turns = 0
         while True:
+            turns += 1
             if stage is not None:
                 methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}
                 then = order(net, samples, found.units, methods) if recipe.sequential is not False else Order()
@@ -193,7 +196,10 @@ def compress(
             stage = stage.recounted(solutions, small)
             if not (over := stage.over(size)):
                 break
-            stage = stage.tighter(over)  # scales came out as fp32, or such: once more, with a little less
+            if turns == TURNS:
+                missed = ", ".join(f"{n:,} {NAMES[b]}" for b, n in over.items())
+                raise InfeasibleError(f"after {TURNS} tries the network still misses its target by {missed}")
+            stage = stage.tighter(over)  # scales came out as fp32, time varied: once more, with a little less
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(

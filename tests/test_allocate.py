@@ -496,3 +496,13 @@ def test_latency_is_a_budget_that_the_network_keeps(tmp_path):
         fw.compress(wide, data, target=goal(None, latency="1us"))
     with pytest.raises(UsageError, match="a target for latency is"):
         Goal(latency="soon")
+
+
+def test_a_target_that_is_missed_again_and_again_is_given_up(monkeypatch):
+    from featherweight import pipeline
+
+    real = pipeline.to_bytes
+    monkeypatch.setattr(pipeline, "to_bytes", lambda artifact: real(artifact) + b"0" * 5000)
+    monkeypatch.setattr(pipeline, "from_bytes", lambda data: from_bytes(data[:-5000]))
+    with pytest.raises(InfeasibleError, match=r"smallest reachable|tries the network still misses"):
+        fw.compress(mlp(), vectors(), target=goal(5000))
