@@ -5,6 +5,7 @@ import sys
 
 TRIM, MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 MOST = (1 << 31) - 1
+LARGE = 1 << 30, 1 << 25  # what is large; older releases of glibc refuse more than the second
 
 
 def reuse_memory() -> bool:
@@ -13,7 +14,8 @@ def reuse_memory() -> bool:
     then runs up to three times as fast on CPU. For the whole process, which keeps its largest size; the command line
     does this by itself.
 
-    Returns whether it could be set: with glibc, that is, on most Linux systems.
+    Returns whether it could be set: with glibc, that is, on most Linux systems; older releases keep no more than 32 MB
+    a block.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -21,4 +23,4 @@ def reuse_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(MMAP, 1 << 30) and mallopt(TRIM, MOST))
+    return bool(mallopt(TRIM, MOST)) and any(mallopt(MMAP, size) for size in LARGE)

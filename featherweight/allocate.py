@@ -105,7 +105,7 @@ class Stage:
         took = {} if clock is None else {"latency": clock.network(small)}
         return replace(self, outcome=replace(self.outcome, **counted, **took))
 
-    def over(self, size: int) -> dict[str, int]:
+    def over(self, size: int = 0) -> dict[str, int]:
         """By how much a file of `size` bytes, and the network as it was counted last, miss each limit, those that hold
         left out."""
         there = {"bytes": size} | {b: getattr(self.outcome, b) for b in ("macs", "bops", "latency")}
@@ -120,6 +120,8 @@ class Stage:
         """
         less = {b: n + (MARGIN // 2 if b == "bytes" else 0) for b, n in over.items()}
         limits = {b: limit - less.get(b, 0) for b, limit in self.limits.items()}
+        if "latency" in less:  # the table is only about right: its floor is worth a try
+            limits["latency"] = max(limits["latency"], self.allocator.floor(["latency"])["latency"])
         task = self.allocator.task(limits).weighted(self.pruned)
         choices = task.solve(self.trust)
         rows = chosen(self.allocator, choices)
@@ -141,7 +143,8 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     solving, judging = split(samples) if samples else ([], [])
     solving = solving if judging else list(samples)
     count = sum(b.size for b in solving)
-    tries, groups = tried(units, setting.fixed, goal, bool(samples)), ties(units, goal.tied)
+    (tries, fixed), groups = tried(units, setting.fixed, goal, bool(samples)), ties(units, goal.tied)
+    setting = replace(setting, fixed={name: tries[name][0] for name in fixed})
     positions = {u.name: uses(setting.stats[u.name], count) for u in units}
     macs = sum(round(positions[u.name] * u.params) for u in units if u.kind != "embedding")
     clock = None if goal.latency is None else Clock(net, solving[0], units)
@@ -202,13 +205,15 @@ def _candidates(
     there are any. Scores are kept in the database, too."""
     units, basis = setting.found.units, setting.basis
     own = [[u.name, list(tries[u.name])] for u in units]
-    key = None if basis is None else fingerprint("rises", basis, how, own, groups)
+    key = None if basis is None else fingerprint("rises", basis, how, own, groups, setting.grids, setting.correcting)
     kept = None if key is None else setting.store.tensors(key)
     if kept is not None:
         order, missing = iter(kept["rises"].tolist()), [units[i].name for i in kept["missing"].tolist()]
         found = _solved(setting, tries, groups, solving, lambda *_: next(order), progress, clock)
         return _on_one_scale(found, missing), words(how, len(missing))
-    scores = Scores.of(how, setting.net, judging or solving, units, setting.folder, progress)
+    scores = Scores.of(
+        how, setting.net, judging or solving, units, setting.folder, progress, setting.grids, setting.correcting
+    )
     rises: list[float] = []
 
     def rise(unit: Unit, _method: Method, solution: Solution) -> float:

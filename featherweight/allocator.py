@@ -28,7 +28,6 @@ from featherweight.weights import Sparse, Weight
 MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
 SETTLING = 4  # times that the size of everything but the weights is looked at again
 NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs", "latency": "microseconds"}
-STRUCTURAL = {"macs", "bops", "latency"}  # budgets that rows which nothing reads are no part of
 POINTS = 8  # policies of the front that are measured
 
 
@@ -113,22 +112,17 @@ class Allocator:
         return len(to_bytes(artifact))
 
     def costs(self, choices: Choices, budgets: Sequence[str]) -> dict[str, int]:
-        """By budget, bytes being those of the weights alone, latency that of the layers that could be smaller; MACs,
-        BOPs and latency without the rows that nothing reads."""
-        taken = self.taken(choices)
-        found = {b: sum(getattr(c, b) for c in taken.values()) for b in budgets}
-        if self.coupled and STRUCTURAL & set(budgets):
-            own = [self._own(i, each) for each in [self.each(choices)] for i in range(len(each))]
-            found |= {b: sum(x[b] for x in own) for b in budgets if b != "bytes"}
-        return found
+        """By budget, bytes being those of the weights alone, latency that of the layers that could be smaller; all
+        without the rows that nothing reads."""
+        if not self.coupled:
+            return {b: sum(getattr(c, b) for c in self.taken(choices).values()) for b in budgets}
+        each = self.each(choices)
+        own = [self._own(i, each) for i in range(len(each))]
+        return {b: sum(x[b] for x in own) for b in budgets}
 
     def counted(self, weights: Mapping[str, Weight]) -> dict[str, int]:
         """MACs and BOPs of the network with these weights, counted again."""
-        units = {u.name: u for u in self.found.units}
-        own = [
-            self._counted(u, weights[u.name], units.get(r := self.coupled.get(u.name, "")), weights.get(r))
-            for u in self.found.units
-        ]
+        own = [self._operations(u, weights[u.name]) for u in self.found.units]
         return {b: sum(x[b] for x in own) for b in ("macs", "bops")}
 
     def trimmed(self, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
@@ -151,10 +145,8 @@ class Allocator:
         whole = sum(self.clock.layer(u, *size) for u, size in zip(self.found.units, sizes, strict=True))
         return max(self.clock.dense - whole, 0)
 
-    def _counted(self, unit: Unit, weight: Weight, reader: Unit | None, reading: Weight | None) -> dict[str, int]:
-        needed = None if reader is None or reading is None else channels_read(reading, reader)
-        bits = self.input_bits.get(unit.name, 0)
-        return operations(weight, unit, self.positions[unit.name], bits, self.clock, needed)
+    def _operations(self, unit: Unit, weight: Weight) -> dict[str, int]:
+        return operations(weight, unit, self.positions[unit.name], self.input_bits.get(unit.name, 0), self.clock)
 
     def _own(self, i: int, choices: Choices) -> dict[str, int]:
         """What one unit costs beside the others, each case counted once; choices: of every unit."""
@@ -164,10 +156,10 @@ class Allocator:
         key = i, choices[i], choices[r]
         if key not in self.known:
             weight = self.candidates[unit.name][choices[i]].solution.weight
-            reader = self.found.units[r] if r != i else None
-            reading = self.candidates[names[r]][choices[r]].solution.weight if r != i else None
-            size = {"bytes": self.candidates[unit.name][choices[i]].bytes}
-            self.known[key] = size | self._counted(unit, weight, reader, reading)
+            if r != i:
+                reading = self.candidates[names[r]][choices[r]].solution.weight
+                weight = without_rows(weight, unit, channels_read(reading, self.found.units[r]))
+            self.known[key] = {"bytes": weight.bits() // 8} | self._operations(unit, weight)
         return self.known[key]
 
     def each(self, choices: Choices) -> Choices:
@@ -228,7 +220,7 @@ class Allocator:
                 said = f"{what.get(b, f'number of {unit} is')} {least:,}{f' {unit}' if b in what else ''}"
                 raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {said}")
         choices, task, safe = self.cheapest(budgets[0]), None, None
-        linear = bool(self.coupled and STRUCTURAL & set(budgets))
+        linear = bool(self.coupled)
         for turn in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
             over = self._rest(choices) + MARGIN if "bytes" in limits else 0
             rest = {"bytes": over, "latency": self.overhead}

@@ -72,21 +72,25 @@ def forms(unit: Unit, goal: Goal, with_data: bool = True, fine: bool = False) ->
 
 def tried(
     units: Sequence[Unit], fixed: Mapping[str, Method], goal: Goal, with_data: bool = True
-) -> dict[str, list[Method]]:
-    """`forms` by unit name, `fixed` ones as they are; of tied units those that all of them have.
+) -> tuple[dict[str, list[Method]], frozenset[str]]:
+    """`forms` by unit name, `fixed` ones as they are; of tied units those that all of them have, or the one that is
+    fixed for some of them. And the names of the units whose methods are fixed.
 
     Raises:
         UsageError: tied units have none in common, or as `ties` does.
     """
-    few = len(units) < FEW
-    found = {u.name: [fixed[u.name]] if u.name in fixed else forms(u, goal, with_data, few) for u in units}
-    for group in ties(units, goal.tied):
-        names = [units[i].name for i in group]
+    few, known = len(units) < FEW, dict(fixed)
+    groups = [[units[i].name for i in group] for group in ties(units, goal.tied)]
+    for names in groups:
+        own = [fixed[n] for n in names if n in fixed]
+        known |= {n: fixed.get(n, own[0]) for n in names if own}
+    found = {u.name: [known[u.name]] if u.name in known else forms(u, goal, with_data, few) for u in units}
+    for names in groups:
         common = [m for m in found[names[0]] if all(m in found[n] for n in names)]
         if not common:
             raise UsageError(f"no method can be tried for each of these, which are tied: {', '.join(names)}")
         found |= dict.fromkeys(names, common)
-    return found
+    return found, frozenset(known)
 
 
 def ties(units: Sequence[Unit], patterns: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -201,47 +205,42 @@ def menu_of(together: Sequence[Sequence[Candidate]], budgets: Sequence[str]) -> 
     return Menu(costs.sum(axis=0), np.array([[c.rise for c in rows] for rows in together], np.float64).sum(axis=0))
 
 
-def operations(
-    weight: Weight, unit: Unit, positions: float, input_bits: int, clock: Clock | None, needed: Tensor | None = None
-) -> dict[str, int]:
-    """MACs, BOPs and latency of one weight, see `Candidate`. positions: see `uses`. needed: see `live`."""
-    macs = round(positions * live(weight, unit, needed))
+def operations(weight: Weight, unit: Unit, positions: float, input_bits: int, clock: Clock | None) -> dict[str, int]:
+    """MACs, BOPs and latency of one weight, see `Candidate`. positions: see `uses`."""
+    macs = round(positions * live(weight, unit))
     bops = macs * weight_bits(weight) * (input_bits or FLOAT)
     return {
         "macs": macs,
         "bops": bops,
-        "latency": 0 if clock is None else clock.layer(unit, *extent(weight, unit, needed)),
+        "latency": 0 if clock is None else clock.layer(unit, *extent(weight, unit)),
     }
 
 
-def live(weight: Weight, unit: Unit, needed: Tensor | None = None) -> int:
+def live(weight: Weight, unit: Unit) -> int:
     """Multiplications of one use of a matrix: whole rows and input channels that were removed are left out, and rows
     that are not `needed`, (rows,) bool. Single zeros are not: no plain hardware skips them. None for an embedding,
     which multiplies nothing."""
     rows, cols = weight.shape
     if unit.kind == "embedding":
         return 0
-    parts = _kept(weight, unit, needed)
+    parts = _kept(weight, unit)
     return rows * cols if parts is None else int((parts.any(dim=2).sum(1) * parts.any(dim=1).sum(1)).sum()) * unit.taps
 
 
-def extent(weight: Weight, unit: Unit, needed: Tensor | None = None) -> tuple[int, int]:
+def extent(weight: Weight, unit: Unit) -> tuple[int, int]:
     """Rows and input channels that are left, of a unit without groups; as `live`."""
-    parts = _kept(weight, unit, needed)
+    parts = _kept(weight, unit)
     if parts is None:
         return weight.shape[0], weight.shape[1] // unit.taps
     return int(parts[0].any(dim=1).sum()), int(parts[0].any(dim=0).sum())
 
 
-def _kept(weight: Weight, unit: Unit, needed: Tensor | None) -> Tensor | None:
+def _kept(weight: Weight, unit: Unit) -> Tensor | None:
     """(groups, rows, channels) bool, which taps together have any weight; None where nothing was removed."""
     rows, cols = weight.shape
-    removed = isinstance(weight, Sparse) and isinstance(weight.form, RowMap | ChannelMap | BoxMap)
-    if needed is None and not removed:
+    if not (isinstance(weight, Sparse) and isinstance(weight.form, RowMap | ChannelMap | BoxMap)):
         return None
-    mask = weight.mask if isinstance(weight, Sparse) and removed else torch.ones(rows, cols, dtype=torch.bool)
-    mask = mask if needed is None else mask & needed[:, None]
-    return mask.reshape(unit.groups, rows // unit.groups, cols // unit.taps, unit.taps).any(dim=3)
+    return weight.mask.reshape(unit.groups, rows // unit.groups, cols // unit.taps, unit.taps).any(dim=3)
 
 
 def without_rows(weight: Weight, unit: Unit, needed: Tensor) -> Weight:

@@ -3,7 +3,7 @@
 Where that layer no longer reads a channel, the row that makes it need not be computed either. Found by trying, not by
 tracing: some channels of a layer are set to zero, and the rows whose weights then no longer have any gradient, though
 they had one before, are those that only these channels read. A layer counts as coupled where that are just the rows of
-the same numbers.
+the same numbers, and where leaving out other rows with the channels that read them changes no output.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ def couplings(net: nn.Module, batch: Batch, units: Sequence[Unit]) -> dict[str, 
     parameters = {u.name: net.get_parameter(u.name) for u in units}
     wanting = [p.requires_grad for p in parameters.values()]
     found: dict[str, str] = {}
+    by_name = {u.name: u for u in units}
     try:
         for p in parameters.values():
             p.requires_grad_(True)
@@ -51,10 +52,43 @@ def couplings(net: nn.Module, batch: Batch, units: Sequence[Unit]) -> dict[str, 
                 same = len(gone) == channels and gone.any() and torch.equal(gone, odd & before[unit.name])
                 if same and unit.name not in found and unit.name != reader.name:
                     found[unit.name] = reader.name
+        found = {n: r for n, r in found.items() if _holds(net, batch, by_name[n], by_name[r])}
     finally:
         for p, wanted in zip(parameters.values(), wanting, strict=True):
             p.requires_grad_(wanted)
     return found
+
+
+@torch.no_grad()
+def _holds(net: nn.Module, batch: Batch, unit: Unit, reader: Unit) -> bool:
+    """Whether rows that the reader does not read can be left out and the outputs stay as they are, for two random sets
+    of rows that together are all: gradients do not tell of what is read without one, nor of another order."""
+    rows = unit.view.matrix_shape[0]
+    some = torch.rand(rows, generator=torch.Generator().manual_seed(rows)) < 0.5
+    here = batch.to(device_of(net))
+    own, other = net.get_parameter(unit.name), net.get_parameter(reader.name)
+    saved = own.detach().clone(), other.detach().clone()
+    try:
+        for gone in (some, ~some):
+            without = reader.view.matrix(saved[1]).clone()
+            without[:, gone.repeat_interleave(reader.taps)] = 0
+            other.copy_(reader.view.tensor(without))
+            own.copy_(saved[0])
+            want = list(outputs(here.run(net)))
+            less = unit.view.matrix(saved[0]).clone()
+            less[gone] = 0
+            own.copy_(unit.view.tensor(less))
+            got = list(outputs(here.run(net)))
+            if [t.shape for t in want] != [t.shape for t in got]:
+                return False
+            if not all(
+                torch.allclose(g, w, rtol=1e-4, atol=1e-6, equal_nan=True) for g, w in zip(got, want, strict=True)
+            ):
+                return False
+    finally:
+        own.copy_(saved[0])
+        other.copy_(saved[1])
+    return True
 
 
 def _alive(net: nn.Module, batch: Batch, units: Sequence[Unit], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

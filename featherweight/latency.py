@@ -10,27 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.data import Batch, cut, device_of, hooked
+from featherweight.errors import UsageError
 from featherweight.layers import Unit
 from featherweight.slim import fits, narrowed, slim
 
 SECONDS = 0.03  # that one measurement takes, about
+SERIES = 5  # for a whole network
 FEWEST, MOST = 7, 200  # runs of it
 
 
 @torch.no_grad()
 def latency(model: nn.Module, batch: Batch) -> int:
-    """Microseconds of one call, at least 1: the median of several, after some to warm up."""
+    """Microseconds of one call, at least 1: of several series, each with some calls to warm up, the lowest median.
+    Whatever else the machine does only adds to it."""
     here = batch.to(device_of(model))
-    return _timed(lambda: here.run(model), device_of(model))
+    return min(_timed(lambda: here.run(model), device_of(model)) for _ in range(SERIES))
 
 
 @final
 class Clock:
     """Times layers and whole networks for one sample, on the device of the network and with torch's number of threads.
-    Layers of equal settings and sizes are timed once, so that they count alike."""
+    Layers of equal settings and sizes are timed once, so that they count alike.
+
+    Raises:
+        UsageError: the batch cannot be cut into single samples.
+    """
 
     def __init__(self, net: nn.Module, batch: Batch, units: Sequence[Unit]) -> None:
         self.batch = cut(batch, batch.size)[0]
+        if self.batch.size != 1:
+            raise UsageError("a target for latency is of one sample, and these data cannot be cut into single ones")
         self._layers = _layers(net, self.batch, units)
         self._known: dict[tuple[Any, ...], int] = {}
         self.dense = latency(net, self.batch)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, FloatInput, calibrate, simulate, simulated, stays_float
-from featherweight.allocate import SECONDS, Setting, allocate
+from featherweight.allocate import SECONDS, Setting, Stage, allocate
 from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
@@ -112,8 +112,8 @@ def compress(
     """Compress a trained network. The network itself is not changed.
 
     Args:
-        data: calibration inputs (see `featherweight.data.batches`); about 1,000 samples work well. Labels are not used.
-            None is possible for methods that need no data.
+        data: calibration inputs (see `featherweight.data.batches`); about 1,000 samples work well. Labels are not used,
+            unless a goal's score asks for them. None is possible for methods that need no data.
         method: for every weight; OBQ at 4 bits where nothing is said.
         recipe: methods by pattern, what to leave out, and whether to correct statistics.
         target: size of the file (`"100kB"`, `"10x"`, `"12%"`), or a `Goal`: every weight gets the method and the ratio
@@ -181,6 +181,10 @@ def compress(
                 judged = samples if recipe.repair else []
                 small, outcome = _repaired(net, found, solutions, grids, judged, progress)
                 net.load_state_dict(original, strict=False)
+            stage = None if stage is None else stage.recounted(solutions, small)
+            if stage is not None and (over := stage.over()):
+                stage = _again(stage, over, turns)  # time varied, or channels are read that were not to be
+                continue
             if finetune is not None:
                 with _timed(seconds, "finetune"):
                     weights = {name: s.weight for name, s in solutions.items()}
@@ -193,13 +197,9 @@ def compress(
             size = len(data_read_back)
             if stage is None:
                 break
-            stage = stage.recounted(solutions, small)
             if not (over := stage.over(size)):
                 break
-            if turns == TURNS:
-                missed = ", ".join(f"{n:,} {NAMES[b]}" for b, n in over.items())
-                raise InfeasibleError(f"after {TURNS} tries the network still misses its target by {missed}")
-            stage = stage.tighter(over)  # scales came out as fp32, time varied: once more, with a little less
+            stage = _again(stage, over, turns)  # scales came out as fp32, or such
     after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(
@@ -236,7 +236,7 @@ def plan(
     """What `compress` would do: method, bytes and time of every weight, and what it would leave alone, with reasons.
 
     At most one batch of the data is run, unless there is a target: then candidates are solved and scored for every
-    weight, and nothing is measured. Raises what `compress` raises before its first expensive step.
+    weight, and no policy is measured. Raises what `compress` raises before its first expensive step.
     """
     net, goal = _copy(model), goal_of(target)
     recipe = recipe or Recipe(Obq(GridSpec(4)))
@@ -273,6 +273,14 @@ def plan(
     total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
     return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
+
+
+def _again(stage: Stage, over: dict[str, int], turns: int) -> Stage:
+    """Under a tighter limit, where a network misses it."""
+    if turns == TURNS:
+        missed = ", ".join(f"{n:,} {NAMES[b]}" for b, n in over.items())
+        raise InfeasibleError(f"after {TURNS} tries the network still misses its target by {missed}")
+    return stage.tighter(over)
 
 
 def _setting(
@@ -317,12 +325,16 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
         return found, methods
     if not found.units:
         raise UsageError("a target needs at least one weight to choose for; every one is excluded")
-    tries, methods = tried(found.units, overridden(recipe, found), goal, with_data), {}
+    if goal.latency is not None and input_bits(recipe, found):
+        raise UsageError(
+            "rounded inputs are simulated, which takes time: give --target-latency or --activations, not both"
+        )
+    tries, methods = tried(found.units, overridden(recipe, found), goal, with_data)[0], {}
     for unit in found.units:
         stored = [m.storage(unit.view.matrix_shape, unit.taps, unit.groups) for m in tries[unit.name]]
         methods[unit.name] = tries[unit.name][stored.index(min(stored))]
     size = predicted_bytes(net, found, methods, input_bits(recipe, found))
-    if goal.target is not None:
+    if goal.target is not None and not goal.structured:  # of which rows that nothing reads are no part
         limit = target_bytes(goal.target, baselines(net, found.units).fp32)
         if size > limit:
             what = f"the target {goal.target} is {limit:,} bytes"

@@ -1,7 +1,7 @@
 """What a candidate is predicted to cost the network, in one of three ways; see `featherweight.target.Score`."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featherweight.activations import ActivationGrid, simulate
 from featherweight.data import Batch, cut, device_of
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
@@ -20,6 +21,7 @@ from featherweight.search import TEMPERATURE
 from featherweight.sensitivity import sensitivity
 from featherweight.target import Score
 
+LARGEST = 1e9
 CORRECTING = 64  # samples that statistics are corrected on while scores or policies are measured
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -38,9 +40,18 @@ class Scores:
 
     @classmethod
     def of(
-        cls, how: Score, net: nn.Module, data: Sequence[Batch], units: Sequence[Unit], spill: Path, progress: Progress
+        cls,
+        how: Score,
+        net: nn.Module,
+        data: Sequence[Batch],
+        units: Sequence[Unit],
+        spill: Path,
+        progress: Progress,
+        grids: Mapping[str, ActivationGrid],
+        correcting: bool,
     ) -> "Scores":
-        """Args: data: empty for the relative change of each weight. spill: see `sensitivity`.
+        """Args: data: empty for the relative change of each weight. spill: see `sensitivity`. grids, correcting: for
+        what is measured, see `search.Judge`.
 
         Raises:
             UsageError: there are no labels, or outputs that cannot be compared, where the score is made of them.
@@ -49,9 +60,9 @@ class Scores:
             raise UsageError(f"the score by {how} needs data")
         if not data:
             return cls(_relative, frozenset(), "relative change of each weight: there are no data")
-        return (
-            _measured(net, data, units) if how == "measured" else _second_order(how, net, data, units, spill, progress)
-        )
+        if how == "measured":
+            return _measured(net, data, units, grids, correcting)
+        return _second_order(how, net, data, units, spill, progress)
 
 
 def words(how: Score, missing: int) -> str:
@@ -73,9 +84,8 @@ def _second_order(
 ) -> Scores:
     loss = None
     if how == "labels":
-        few = cut(data[0], 8)[0].to(device_of(net))
-        if not is_classification(list(outputs(few.run(net))), few.target):
-            raise UsageError("the score by labels needs data with one class label a sample, and one score a class")
+        for batch in data:
+            _check_labels(net, batch)
         loss = _cross_entropy
     try:
         found = sensitivity(
@@ -88,6 +98,8 @@ def _second_order(
             on_pass=lambda done, total: progress("score", done, total),
         )
     except (UsageError, RuntimeError) as error:  # a network may refuse gradients, or smaller batches
+        if how == "labels":
+            raise UsageError(f"no gradient of the labels' loss can be had: {error}"[:300]) from error
         what = f"relative layer errors, as the network gives no gradients: {error}"[:200]
         return Scores(_relative, frozenset(), what)
     missing = frozenset(u.name for u in units if u.name not in found.gradients)
@@ -102,12 +114,30 @@ def _second_order(
 
 
 def _cross_entropy(out: Any, target: Tensor) -> Tensor:
-    return F.cross_entropy(next(outputs(out)), target, reduction="none")
+    return F.cross_entropy(next(outputs(out)), target.long(), reduction="none")
 
 
-def _measured(net: nn.Module, data: Sequence[Batch], units: Sequence[Unit]) -> Scores:
-    """As a policy is measured, statistics corrected."""
+@torch.no_grad()
+def _check_labels(net: nn.Module, batch: Batch) -> None:
+    here = cut(batch, 8)[0].to(device_of(net))
+    found = list(outputs(here.run(net)))
+    if not is_classification(found, batch.target):
+        raise UsageError("the score by labels needs data with one class label a sample, and one score a class")
+    low, high, classes = int(batch.target.min()), int(batch.target.max()), found[0].shape[1]
+    if low < 0 or high >= classes:
+        raise UsageError(f"the score by labels needs labels from 0 to {classes - 1}, got {low} to {high}")
+
+
+def _measured(
+    net: nn.Module,
+    data: Sequence[Batch],
+    units: Sequence[Unit],
+    grids: Mapping[str, ActivationGrid],
+    correcting: bool,
+) -> Scores:
+    """As a policy is measured; LARGEST where outputs are not finite or of another shape."""
     small, reference = copy.deepcopy(net), Reference.of(net, data, units, most=CORRECTING)
+    simulate(small, grids)
     start = {n: t.clone() for n, t in small.state_dict().items() if isinstance(t, Tensor)}
     if reference.outputs is None or reference.outputs.parts(small) is None:
         raise UsageError("no score can be measured: the network's outputs cannot be compared, or the data not be cut")
@@ -116,11 +146,10 @@ def _measured(net: nn.Module, data: Sequence[Batch], units: Sequence[Unit]) -> S
     @torch.no_grad()
     def rise(unit: Unit, solution: Solution) -> float:
         small.get_parameter(unit.name).copy_(unit.view.tensor(solution.weight.dense()))
-        reference.correct(small)
+        if correcting:
+            reference.correct(small)
         parts = dense.parts(small, TEMPERATURE)
         small.load_state_dict(start, strict=False)
-        if parts is None or not torch.isfinite(parts).all():
-            raise UsageError(f"no score can be measured: outputs are not finite with another {unit.name}")
-        return float(parts.mean())
+        return LARGEST if parts is None or not torch.isfinite(parts).all() else float(parts.mean())
 
     return Scores(rise, frozenset(), words("measured", 0))

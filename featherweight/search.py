@@ -176,10 +176,13 @@ def search(
         return measured[choices]
 
     best = task.solve()
+    task = replace(task, safe=best)
     first, pruned, own = float(parts_of(best).mean()), 1.0, task
     for factor in PRUNED:
+        if over:
+            break
         other = own.weighted(factor).solve()
-        if not over and _is_lower(parts_of(other), parts_of(best)):
+        if _is_lower(parts_of(other), parts_of(best)):
             best, pruned, task = other, factor, own.weighted(factor)
     hulls = [hull(Menu(m.costs[:, :1], m.losses)) for m in task.menus]
     trust = np.ones(len(task.menus))

@@ -5,6 +5,7 @@ taken from its input, and its outputs are put where they belong among constant o
 shapes and, up to rounding, the same numbers.
 """
 
+import copy
 from typing import TypeVar, final
 
 import torch
@@ -22,7 +23,7 @@ _READERS = nn.MultiheadAttention, nn.TransformerEncoderLayer  # have a fast path
 @final
 class Slim(nn.Module):
     """layer: a linear layer or a convolution without groups, which becomes smaller. rows, channels: int64, those that
-    stay, at least one of each. Subclasses of layers keep whatever else they do with their inputs."""
+    stay, at least one of each. A subclass keeps whatever else it does."""
 
     layer: nn.Module
 
@@ -31,7 +32,7 @@ class Slim(nn.Module):
         weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
         outputs, inputs = weight.shape[:2]
         self.rank = weight.ndim - 2  # dimensions of a sample beyond its channels
-        self.layer, self.outputs = layer, outputs
+        self.layer, self.outputs, self.inputs = layer, outputs, inputs
         own = weight.detach()[rows][:, channels].contiguous()
         layer.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
         names = ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("out_channels", "in_channels")
@@ -47,6 +48,20 @@ class Slim(nn.Module):
         self.register_buffer("rows", None if len(rows) == outputs else rows.to(device), persistent=False)
         self.register_buffer("channels", None if len(channels) == inputs else channels.to(device), persistent=False)
         self.register_buffer("constant", others.reshape(-1, *[1] * self.rank), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """As large as before, for code that reads it without calling the layer."""
+        own = self.layer.get_parameter("weight")
+        rows = torch.arange(self.outputs, device=own.device) if self.rows is None else self.rows
+        channels = torch.arange(self.inputs, device=own.device) if self.channels is None else self.channels
+        whole = own.new_zeros(self.outputs, self.inputs, *own.shape[2:])
+        whole[rows[:, None], channels] = own
+        return whole
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.layer._parameters.get("bias") is None else self.constant.reshape(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         where = -1 - self.rank
@@ -64,9 +79,9 @@ def slim(model: M) -> M:
     """Make the layers of a network smaller in place, where whole rows or input channels of their weights are zero, as
     pruning by channels leaves them. Returns the network, for inference: names of its tensors change.
 
-    Linear layers and convolutions without groups are made smaller, unless their weight is tied to another or belongs to
-    a layer that reads it without calling them (attention). What is left of a layer is computed as before; outputs of
-    which nothing is left become their bias.
+    Linear layers and convolutions without groups are made smaller, unless their weight is tied to another, or they are
+    of a class of yours that then gives something else. What is left of a layer is computed as before; outputs of which
+    nothing is left become their bias.
 
     Raises:
         UsageError: the network simulates rounded inputs, which go by the names of its tensors.
@@ -77,8 +92,26 @@ def slim(model: M) -> M:
         place, _, _ = name.rpartition(".")
         parent, _, own = place.rpartition(".")
         layer = model.get_submodule(place)
-        setattr(model.get_submodule(parent), own, narrowed(layer, *extent(layer.get_parameter("weight"))))
+        small = narrowed(copy.deepcopy(layer), *extent(layer.get_parameter("weight")))
+        if isinstance(small, Slim) and _agree(layer, small):
+            setattr(model.get_submodule(parent), own, small)
     return model
+
+
+@torch.no_grad()
+def _agree(layer: nn.Module, small: Slim) -> bool:
+    """Whether both give the same for one input. A subclass may do with its weight what no smaller one can do alike."""
+    weight = layer.get_parameter("weight")
+    random = torch.Generator().manual_seed(0)
+    sides = [3 * size + 8 for size in weight.shape[2:]]
+    x = torch.randn(1, small.inputs, *sides, generator=random).to(weight)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            want, got = layer(x), small(x)
+    except Exception:  # a subclass may raise anything
+        return False
+    near = 1e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return want.shape == got.shape and bool((want - got).abs().max() <= near * want.abs().max())
 
 
 def narrowed(layer: nn.Module, rows: Tensor, channels: Tensor) -> nn.Module:

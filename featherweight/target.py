@@ -136,6 +136,8 @@ class Goal:
             raise UsageError(f"score must be one of {', '.join(get_args(Score))}, got {self.score!r}")
         if self.measurements is not None and not (type(self.measurements) is int and self.measurements > 0):
             raise UsageError(f"measurements must be a whole number above 0, got {self.measurements!r}")
+        if not (isinstance(self.tied, tuple) and all(isinstance(p, str) for p in self.tied)):
+            raise UsageError(f"tied must be a tuple of patterns, got {self.tied!r}")
         if self.structured and self.among == "quantize":
             what = "grids leave all multiplications in place"
             raise UsageError(f"{what}: for a target of MACs or latency choose among prune or both")

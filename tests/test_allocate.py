@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import featherweight as fw
+from featherweight import allocate
 from featherweight.artifact.read import from_bytes
 from featherweight.candidates import forms, live, weight_bits
 from featherweight.data import batches
@@ -16,7 +17,7 @@ from featherweight.layers import scan
 from featherweight.methods import Gptq, GridSpec, Obq, Obs, PruneQuantize, Rows, Rtn, Unstructured
 from featherweight.recipe import Override, Recipe
 from featherweight.repair.correct import Reference
-from featherweight.scores import Scores
+from featherweight.scores import CORRECTING, Scores
 from featherweight.search import TEMPERATURE
 from featherweight.stats import LayerStats, capture
 from featherweight.target import Goal, share_of
@@ -241,12 +242,19 @@ def test_tied_channels_are_counted_with_what_reads_them():
     [
         (("nothing.*",), (), "matches none"),
         (("conv*", "conv1.*"), (), "one pattern only: conv1.weight"),
-        (("*",), (Override("fc.*", Rtn(GridSpec(7))),), "no method can be tried for each"),
+        (("*",), (Override("fc.*", Rtn(GridSpec(7))), Override("conv1.*", Rtn(GridSpec(6)))), "no method can be tried"),
+        ("conv*", (), "must be a tuple"),
     ],
 )
 def test_what_cannot_be_tied(tied, overrides, said):
     with pytest.raises(UsageError, match=said):
         fw.compress(tiny(), images(), recipe=Recipe(Obq(GridSpec(4)), overrides), target=goal(1700, tied=tied))
+
+
+def test_an_override_holds_for_all_that_are_tied_to_it():
+    recipe = Recipe(Obq(GridSpec(4)), (Override("fc.*", Gptq(GridSpec(7))),))
+    rows = fw.compress(tiny(), images(), recipe=recipe, target=goal(2500, tied=("*",))).report.rows
+    assert {r.method for r in rows} == {"gptq 7 bit"}
 
 
 @pytest.mark.parametrize(("score", "said"), [("labels", "cross-entropy"), ("measured", "one weight replaced")])
@@ -265,11 +273,11 @@ def test_a_measured_score_is_the_distance_with_one_weight_replaced(tmp_path):
     net, data = tiny(), batches(images(128))
     units = scan(net).units
     stats = capture(net, data, units)
-    scores = Scores.of("measured", net, data, units, tmp_path, lambda *_: None)
+    scores = Scores.of("measured", net, data, units, tmp_path, lambda *_: None, {}, True)
     unit = units[1]
     solution = Rtn(GridSpec(2)).solve(unit.view.matrix(net.get_parameter(unit.name).detach()), stats[unit.name])
     by_hand = copy.deepcopy(net)
-    reference = Reference.of(net, data, units)
+    reference = Reference.of(net, data, units, most=CORRECTING)
     by_hand.get_parameter(unit.name).data.copy_(unit.view.tensor(solution.weight.dense()))
     reference.correct(by_hand)
     assert reference.outputs is not None
@@ -284,6 +292,13 @@ def test_scores_that_cannot_be_had():
         fw.compress(tiny(), unlabelled, target=goal(1700, score="labels"))
     with pytest.raises(UsageError, match="needs data"):
         fw.compress(tiny(), target=goal(1700, score="measured"))
+    x, y = images().tensors
+    with pytest.raises(UsageError, match="labels from 0 to"):
+        fw.compress(tiny(), TensorDataset(x, y - 1), target=goal(1700, score="labels"))
+    fw.compress(tiny(), TensorDataset(x, y.int()), target=goal(1700, score="labels"))
+    recipe = Recipe(Obq(GridSpec(4)), activations=8)
+    with pytest.raises(UsageError, match="not both"):
+        fw.compress(tiny(), images(), recipe=recipe, target=goal(None, latency="0.9x"))
 
 
 def test_the_command_line(run, tmp_path, solved):
@@ -506,3 +521,28 @@ def test_a_target_that_is_missed_again_and_again_is_given_up(monkeypatch):
     monkeypatch.setattr(pipeline, "from_bytes", lambda data: from_bytes(data[:-5000]))
     with pytest.raises(InfeasibleError, match=r"smallest reachable|tries the network still misses"):
         fw.compress(mlp(), vectors(), target=goal(5000))
+
+
+@pytest.mark.parametrize("times", [[900, 500], [900] * 9])
+def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatch, times):
+    """With a clock of our own: layers take what they multiply, networks what the script says."""
+    script = iter([1000, *times])
+
+    class Scripted:
+        def __init__(self, net, batch, units) -> None:
+            self.dense = next(script)
+
+        def layer(self, unit, rows, channels):
+            return max(rows * channels // 10, 1) if unit.kind == "conv" else 0
+
+        def network(self, net):
+            return next(script)
+
+    monkeypatch.setattr(allocate, "Clock", Scripted)
+    target = goal(None, latency="800us")
+    if len(times) == 2:
+        found = fw.compress(chain(), images(64), target=target).report.allocation
+        assert (found.latency, found.dense_latency, found.limits) == (500, 1000, {"latency": 800})
+    else:
+        with pytest.raises(InfeasibleError, match="tries the network still misses its target by 100 microseconds"):
+            fw.compress(chain(), images(64), target=target)

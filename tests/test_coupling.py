@@ -51,3 +51,27 @@ def test_a_network_without_gradients_has_none():
 
     net = Closed().eval()
     assert couplings(net, Batch((torch.randn(4, 3, 8, 8),), {}), scan(net).units) == {}
+
+
+def test_what_gradients_do_not_show_is_tried():
+    class Hidden(nn.Module):
+        """The first layer's rows are also read without gradients; the third's are permuted before they are read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+            self.c, self.d, self.e = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            x = self.b(h) + h.detach().sum(1, keepdim=True)
+            x = self.c(x).relu()
+            x = self.d(x[:, [2, 3, 4, 5, 6, 7, 0, 1]]).relu()
+            return self.e(x)
+
+    torch.manual_seed(0)
+    net = Hidden().eval()
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    found = couplings(net, Batch((torch.randn(16, 6),), {}), scan(net).units)
+    assert found == {"b.weight": "c.weight", "d.weight": "e.weight"}
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
