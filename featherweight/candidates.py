@@ -38,9 +38,6 @@ from featherweight.weights.masks import BoxMap, ChannelMap, RowMap
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 JOINT = {0.3: (3, 4, 5), 0.5: (3, 4, 5), 0.7: (3, 4, 5), 0.85: (3, 4)}
-FINE_SPARSITIES = (0.1, 0.2, *(s / 100 for s in range(30, 96, 5)))
-FINE_JOINT = (2, 3, 4, 5, 6)
-FEW = 6  # weights; the candidates of fewer stand closer together, or they would not fill a budget
 STRUCTURE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of the input channels
 CHANNEL_BITS = (3, 4, 5, 8)
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
@@ -65,9 +62,9 @@ class Candidate:
     rise: float
 
 
-def forms(unit: Unit, goal: Goal, with_data: bool = True, fine: bool = False) -> list[Method]:
-    """The methods that are tried for a unit; without data those that need none. fine: more of them, close together."""
-    return _structured(unit, goal) if goal.structured else _unstructured(unit, goal.among, with_data, fine)
+def forms(unit: Unit, goal: Goal, with_data: bool = True) -> list[Method]:
+    """The methods that are tried for a unit; without data those that need none."""
+    return _structured(unit, goal) if goal.structured else _unstructured(unit, goal.among, with_data)
 
 
 def tried(
@@ -79,12 +76,12 @@ def tried(
     Raises:
         UsageError: tied units have none in common, or as `ties` does.
     """
-    few, known = len(units) < FEW, dict(fixed)
+    known = dict(fixed)
     groups = [[units[i].name for i in group] for group in ties(units, goal.tied)]
     for names in groups:
         own = [fixed[n] for n in names if n in fixed]
         known |= {n: fixed.get(n, own[0]) for n in names if own}
-    found = {u.name: [known[u.name]] if u.name in known else forms(u, goal, with_data, few) for u in units}
+    found = {u.name: [known[u.name]] if u.name in known else forms(u, goal, with_data) for u in units}
     for names in groups:
         common = [m for m in found[names[0]] if all(m in found[n] for n in names)]
         if not common:
@@ -119,20 +116,17 @@ def _structured(unit: Unit, goal: Goal) -> list[Method]:
     return found
 
 
-def _unstructured(unit: Unit, among: Among, with_data: bool, fine: bool) -> list[Method]:
+def _unstructured(unit: Unit, among: Among, with_data: bool) -> list[Method]:
     cols = unit.view.matrix_shape[1]
     groups = [None, 0] if cols <= SHARED else [None, SHARED] if cols >= 2 * SHARED else [None]
-    groups += [g for g in (SHARED // 2, 2 * SHARED) if fine and 2 * g <= cols]
     grids = [GridSpec(b, b == 8, g) for b in BITS for g in groups]
     quantized: list[Method] = [Gptq(g) if with_data else Rtn(g) for g in grids]
     pruned: list[Method] = []
-    for s in (
-        FINE_SPARSITIES if fine else SPARSITIES
-    ):  # what prunes alike stands together, and shares the pruned weights
+    for s in SPARSITIES:  # what prunes alike stands together, and shares the pruned weights
         pruner = Obs(Unstructured(s))
         pruned.append(pruner if with_data else Magnitude(pruner.pattern))
         if among == "both" and with_data:
-            pruned += [PruneQuantize(pruner, Gptq(GridSpec(b))) for b in (FINE_JOINT if fine else JOINT.get(s, ()))]
+            pruned += [PruneQuantize(pruner, Gptq(GridSpec(b))) for b in JOINT.get(s, ())]
     return (quantized if among != "prune" else []) + (pruned if among != "quantize" else [])
 
 

@@ -294,7 +294,7 @@ def test_scores_that_cannot_be_had():
         fw.compress(tiny(), target=goal(1700, score="measured"))
     x, y = images().tensors
     with pytest.raises(UsageError, match="labels from 0 to"):
-        fw.compress(tiny(), TensorDataset(x, y - 1), target=goal(1700, score="labels"))
+        fw.compress(tiny(), TensorDataset(x, y - 100), target=goal(1700, score="labels"))
     fw.compress(tiny(), TensorDataset(x, y.int()), target=goal(1700, score="labels"))
     recipe = Recipe(Obq(GridSpec(4)), activations=8)
     with pytest.raises(UsageError, match="not both"):
@@ -507,8 +507,6 @@ def test_latency_is_a_budget_that_the_network_keeps(tmp_path):
     net = fw.load(tmp_path / "s.fw", copy.deepcopy(wide))
     x = torch.randn(2, 3, 24, 24)
     assert torch.allclose(fw.slim(copy.deepcopy(net))(x), net(x), atol=1e-5)
-    with pytest.raises(InfeasibleError, match="smallest reachable latency"):
-        fw.compress(wide, data, target=goal(None, latency="1us"))
     with pytest.raises(UsageError, match="a target for latency is"):
         Goal(latency="soon")
 
@@ -523,7 +521,7 @@ def test_a_target_that_is_missed_again_and_again_is_given_up(monkeypatch):
         fw.compress(mlp(), vectors(), target=goal(5000))
 
 
-@pytest.mark.parametrize("times", [[900, 500], [900] * 9])
+@pytest.mark.parametrize("times", [[900, 500], [900] * 6 + [1000]])
 def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatch, times):
     """With a clock of our own: layers take what they multiply, networks what the script says."""
     script = iter([1000, *times])
@@ -533,7 +531,7 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
             self.dense = next(script)
 
         def layer(self, unit, rows, channels):
-            return max(rows * channels // 10, 1) if unit.kind == "conv" else 0
+            return rows * channels if unit.kind == "conv" else 0
 
         def network(self, net):
             return next(script)
@@ -546,3 +544,5 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
     else:
         with pytest.raises(InfeasibleError, match="tries the network still misses its target by 100 microseconds"):
             fw.compress(chain(), images(64), target=target)
+        with pytest.raises(InfeasibleError, match="smallest reachable latency"):
+            fw.compress(chain(), images(64), target=goal(None, latency="1us"))
