@@ -32,3 +32,7 @@ bench: setup ## the tables of README.md, on the networks of ../shared
 	$(RUN)python -m bench.layers
 	$(RUN)python -m bench.networks
 	$(RUN)python -m bench.obs --only speed growth resnet20 masks
+	$(RUN)python -m bench.allocate prediction
+	$(RUN)python -m bench.allocate targets
+	$(RUN)python -m bench.allocate operations
+	$(RUN)python -m bench.memory
