@@ -183,7 +183,7 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         policies,
         what,
         points,
-        **allocator.counted({name: c.solution.weight for name, c in allocator.taken(choices).items()}),
+        **allocator.costs(choices, ["macs", "bops"]),
         dense_macs=macs,
         latency=0 if clock is None else allocator.overhead + allocator.costs(choices, ["latency"])["latency"],
         dense_latency=0 if clock is None else clock.dense,

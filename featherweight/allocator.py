@@ -121,7 +121,7 @@ class Allocator:
         return {b: sum(x[b] for x in own) for b in budgets}
 
     def counted(self, weights: Mapping[str, Weight]) -> dict[str, int]:
-        """MACs and BOPs of the network with these weights, counted again."""
+        """MACs and BOPs of the network with these weights as they are stored, counted again."""
         own = [self._operations(u, weights[u.name]) for u in self.found.units]
         return {b: sum(x[b] for x in own) for b in ("macs", "bops")}
 
@@ -158,7 +158,8 @@ class Allocator:
             weight = self.candidates[unit.name][choices[i]].solution.weight
             if r != i:
                 reading = self.candidates[names[r]][choices[r]].solution.weight
-                weight = without_rows(weight, unit, channels_read(reading, self.found.units[r]))
+                needed = channels_read(reading, self.found.units[r])
+                weight = weight if needed.all() else without_rows(weight, unit, needed)
             self.known[key] = {"bytes": weight.bits() // 8} | self._operations(unit, weight)
         return self.known[key]
 

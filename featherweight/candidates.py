@@ -211,9 +211,8 @@ def operations(weight: Weight, unit: Unit, positions: float, input_bits: int, cl
 
 
 def live(weight: Weight, unit: Unit) -> int:
-    """Multiplications of one use of a matrix: whole rows and input channels that were removed are left out, and rows
-    that are not `needed`, (rows,) bool. Single zeros are not: no plain hardware skips them. None for an embedding,
-    which multiplies nothing."""
+    """Multiplications of one use of a matrix: whole rows and input channels that were removed are left out. Single
+    zeros are not: no plain hardware skips them. None for an embedding, which multiplies nothing."""
     rows, cols = weight.shape
     if unit.kind == "embedding":
         return 0

@@ -6,7 +6,7 @@ shapes and, up to rounding, the same numbers.
 """
 
 import copy
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,10 @@ def slim(model: M) -> M:
     """Make the layers of a network smaller in place, where whole rows or input channels of their weights are zero, as
     pruning by channels leaves them. Returns the network, for inference: names of its tensors change.
 
-    Linear layers and convolutions without groups are made smaller, unless their weight is tied to another, or they are
-    of a class of yours that then gives something else. What is left of a layer is computed as before; outputs of which
-    nothing is left become their bias.
+    Linear layers and convolutions without groups are made smaller, unless their weight is tied to another, they belong
+    to an attention or encoder layer of torch, have forward hooks, are the whole network, or are of a class of yours
+    that then gives something else. What is left of a layer is computed as before; outputs of which nothing is left
+    become their bias.
 
     Raises:
         UsageError: the network simulates rounded inputs, which go by the names of its tensors.
@@ -92,26 +93,8 @@ def slim(model: M) -> M:
         place, _, _ = name.rpartition(".")
         parent, _, own = place.rpartition(".")
         layer = model.get_submodule(place)
-        small = narrowed(copy.deepcopy(layer), *extent(layer.get_parameter("weight")))
-        if isinstance(small, Slim) and _agree(layer, small):
-            setattr(model.get_submodule(parent), own, small)
+        setattr(model.get_submodule(parent), own, narrowed(layer, *extent(layer.get_parameter("weight"))))
     return model
-
-
-@torch.no_grad()
-def _agree(layer: nn.Module, small: Slim) -> bool:
-    """Whether both give the same for one input. A subclass may do with its weight what no smaller one can do alike."""
-    weight = layer.get_parameter("weight")
-    random = torch.Generator().manual_seed(0)
-    sides = [3 * size + 8 for size in weight.shape[2:]]
-    x = torch.randn(1, small.inputs, *sides, generator=random).to(weight)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            want, got = layer(x), small(x)
-    except Exception:  # a subclass may raise anything
-        return False
-    near = 1e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return want.shape == got.shape and bool((want - got).abs().max() <= near * want.abs().max())
 
 
 def narrowed(layer: nn.Module, rows: Tensor, channels: Tensor) -> nn.Module:
@@ -136,8 +119,35 @@ def fits(model: nn.Module, name: str) -> bool:
     if own != "weight" or not place:
         return False
     layer, parent = model.get_submodule(place), model.get_submodule(place.rpartition(".")[0])
-    plain = isinstance(layer, nn.Linear) or (isinstance(layer, _CONVS) and layer.groups == 1)
-    if not plain or layer._forward_pre_hooks or isinstance(parent, _READERS):
+    known = isinstance(layer, nn.Linear) or (isinstance(layer, _CONVS) and layer.groups == 1)
+    if not known or layer._forward_pre_hooks or layer._forward_hooks or isinstance(parent, _READERS):
         return False
     weight = layer.get_parameter("weight")
-    return sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) == 1
+    alone = sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) == 1
+    return alone and (type(layer) in (nn.Linear, *_CONVS) or _agrees(layer))
+
+
+@torch.no_grad()
+def _agrees(layer: Any) -> bool:
+    """Whether a layer of another class gives the same after it is made smaller, tried on a copy with random weights. It
+    may do with its weight, or its input, what no smaller one can do alike."""
+    random = torch.Generator().manual_seed(0)
+    try:
+        whole = copy.deepcopy(layer)
+        weight = whole.get_parameter("weight")
+        rows, channels = torch.arange(0, weight.shape[0], 2), torch.arange(0, weight.shape[1], 2)
+        kept = torch.zeros(weight.shape)
+        kept[rows[:, None], channels] = torch.randn(len(rows), len(channels), *weight.shape[2:], generator=random)
+        weight.copy_(kept)
+        sides = []
+        for i, size in enumerate(weight.shape[2:]):
+            padding = 0 if isinstance(whole.padding, str) else whole.padding[i]
+            sides.append(whole.dilation[i] * (size - 1) + 9 + 2 * padding)
+        x = torch.randn(1, weight.shape[1], *sides, generator=random).to(weight)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            want = whole(x)
+            got = Slim(copy.deepcopy(whole), rows, channels)(x)
+        near = 1e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        return want.shape == got.shape and bool((want - got).abs().max() <= near * want.abs().max())
+    except Exception:  # a subclass may raise anything
+        return False

@@ -12,7 +12,7 @@ from featherweight.data import Batch
 from featherweight.errors import UsageError
 from featherweight.latency import Clock, latency
 from featherweight.layers import scan
-from featherweight.slim import Slim, extent
+from featherweight.slim import Slim, extent, fits
 
 
 class Padded(nn.Conv2d):
@@ -181,6 +181,18 @@ def test_a_clock_times_layers_and_networks():
     assert clock.network(net) > 0
     assert all(torch.equal(t, net.state_dict()[n]) for n, t in before.items())
     assert latency(nn.Identity(), data) >= 1
+
+
+def test_layers_that_stay_as_they_are_take_no_part_in_a_table():
+    net = nn.Sequential(Branched(6, 5), Standardized(4, 6, 3), Padded(4, 6, 3), nn.Linear(6, 4))
+    assert [fits(net, f"{i}.weight") for i in range(4)] == [False, False, True, True]
+    assert Clock(nn.Sequential(net[0]), Batch((torch.randn(3, 6),), {}), scan(nn.Sequential(net[0])).units).dense > 0
+
+
+def test_wide_dilations_do_not_matter():
+    net = nn.Sequential(nn.Conv1d(4, 6, 3, dilation=16)).requires_grad_(False)
+    net[0].weight[:, 1] = 0
+    assert isinstance(fw.slim(net)[0], Slim)
 
 
 def test_latency_is_of_single_samples():
