@@ -11,7 +11,7 @@ LARGE = 1 << 30, 1 << 25  # what is large; older releases of glibc refuse more t
 def reuse_memory() -> bool:
     """Have the C library keep large blocks of memory that are freed, for the next one that asks, instead of giving each
     back to the system and having its pages filled with zeros again: a network whose activations take many megabytes
-    then runs up to three times as fast on CPU. For the whole process, which keeps its largest size; the command line
+    then runs faster on CPU (bench/memory.py). For the whole process, which keeps its largest size; the command line
     does this by itself.
 
     Returns whether it could be set: with glibc, that is, on most Linux systems; older releases keep no more than 32 MB
