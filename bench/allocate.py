@@ -123,7 +123,7 @@ def prediction(net: nn.Module, data: Any, test: Any, policies: int, seed: int = 
         for unit in units:  # one method at a time, so that none is left out as worse than another
             w = unit.view.matrix(net.get_parameter(unit.name))
 
-            def rise(unit: Unit, _method: Method, solution: Solution, w: torch.Tensor = w) -> float:
+            def rise(unit: Unit, solution: Solution, w: torch.Tensor = w) -> float:
                 return scores.rise(unit.name, solution.weight.dense() - w)
 
             tried = [

@@ -216,7 +216,7 @@ def _candidates(
     )
     rises: list[float] = []
 
-    def rise(unit: Unit, _method: Method, solution: Solution) -> float:
+    def rise(unit: Unit, solution: Solution) -> float:
         rises.append(scores.rise(unit, solution))
         return rises[-1]
 
@@ -243,7 +243,7 @@ def _solved(
     tries: Mapping[str, Sequence[Method]],
     groups: Sequence[Sequence[int]],
     solving: Sequence[Batch],
-    rise: Callable[[Unit, Method, Solution], float],
+    rise: Callable[[Unit, Solution], float],
     progress: Progress,
     clock: Clock | None,
 ) -> dict[str, tuple[Candidate, ...]]:

@@ -144,7 +144,7 @@ def solve_candidates(
     net: nn.Module,
     units: Sequence[Unit],
     stats: Mapping[str, LayerStats],
-    rise: Callable[[Unit, Method, Solution], float],
+    rise: Callable[[Unit, Solution], float],
     methods: Mapping[str, Sequence[Method]],
     fixed: Collection[str],
     input_bits: Mapping[str, int],
@@ -159,7 +159,7 @@ def solve_candidates(
     Args:
         methods: what is tried, by unit name, see `forms`. fixed: units whose methods are taken as they are, not
             `refined`.
-        rise: the predicted distance, see `Candidate`, of a unit's solution by a method.
+        rise: the predicted distance, see `Candidate`, of a unit's solution.
         input_bits: of the units' inputs, missing or 0 for floats. samples: how many the statistics are of.
         clock: for latencies. groups: see `ties`; tied units keep the candidates that together are not beaten, in the
             same order.
@@ -180,7 +180,7 @@ def solve_candidates(
                 raise SolveError(f"{unit.name}: {error}") from error
             final = method if unit.name in fixed else refined(method)
             counted = operations(solution.weight, unit, positions, input_bits.get(unit.name, 0), clock)
-            size, lost = solution.weight.bits() // 8, rise(unit, method, solution)
+            size, lost = solution.weight.bits() // 8, rise(unit, solution)
             rows.append(Candidate(method, final, solution, bytes=size, rise=lost, **counted))
             done += 1
             progress("candidates", done, total)
