@@ -36,6 +36,7 @@ from featherweight.methods import Method, Solution
 from featherweight.repair.correct import Reference
 from featherweight.scores import CORRECTING, Scores, words
 from featherweight.search import Choices, Judge, Task, search
+from featherweight.sharing import fitted
 from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, Score
 
@@ -144,6 +145,7 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     solving = solving if judging else list(samples)
     count = sum(b.size for b in solving)
     (tries, fixed), groups = tried(units, setting.fixed, goal, bool(samples)), ties(units, goal.tied)
+    tries = fitted(net, units, setting.stats, tries, setting.store, progress)
     setting = replace(setting, fixed={name: tries[name][0] for name in fixed})
     positions = {u.name: uses(setting.stats[u.name], count) for u in units}
     macs = sum(round(positions[u.name] * u.params) for u in units if u.kind != "embedding")

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from itertools import combinations
+from typing import Any, TypeAlias, final
 
 import numpy as np
 from torch import nn
@@ -17,10 +18,11 @@ from featherweight.candidates import (
     without_rows,
 )
 from featherweight.errors import InfeasibleError
-from featherweight.knapsack import Menu, front
+from featherweight.knapsack import Menu, Policy, front
 from featherweight.latency import Clock
 from featherweight.layers import Scan, Unit
-from featherweight.methods import Solution
+from featherweight.methods import Solution, Vectors
+from featherweight.methods.additive import additive_of
 from featherweight.packing import packed
 from featherweight.search import Choices, Task
 from featherweight.weights import Sparse, Weight
@@ -28,7 +30,10 @@ from featherweight.weights import Sparse, Weight
 MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
 SETTLING = 4  # times that the size of everything but the weights is looked at again
 NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs", "latency": "microseconds"}
+BEYOND = 1 << 40  # more than any limit
 POINTS = 8  # policies of the front that are measured
+
+Cuts: TypeAlias = frozenset[Vectors]
 
 
 @final
@@ -171,25 +176,29 @@ class Allocator:
     def taken(self, choices: Choices) -> dict[str, Candidate]:
         return {u.name: self.candidates[u.name][c] for u, c in zip(self.found.units, self.each(choices), strict=True)}
 
-    def cheapest(self, budget: str) -> Choices:
-        return tuple(int(menu.costs[:, 0].argmin()) for menu in self.menus([budget]))
+    def cheapest(self, budget: str, without: Cuts = frozenset()) -> Choices:
+        return tuple(int(menu.costs[:, 0].argmin()) for menu in self.menus([budget], without))
 
-    def menus(self, budgets: Sequence[str]) -> tuple[Menu, ...]:
-        """With a cost for each budget, each unit's alone: with couplings their sum is more than the true cost."""
+    def menus(self, budgets: Sequence[str], without: Cuts = frozenset()) -> tuple[Menu, ...]:
+        """With a cost for each budget, each unit's alone: with couplings their sum is more than the true cost. without:
+        vectors that nothing may use, so that their books need not be stored; such candidates cost BEYOND."""
         rows = [self.candidates[u.name] for u in self.found.units]
-        return tuple(menu_of([rows[i] for i in group], budgets) for group in self.groups)
+        menus = [menu_of([rows[i] for i in group], budgets) for group in self.groups]
+        for group, menu in zip(self.groups, menus, strict=True):
+            menu.costs[[_cut(c) in without for c in rows[group[0]]]] = BEYOND
+        return tuple(menus)
 
     def removing(self) -> tuple[np.ndarray, ...]:
         """Which candidates of each menu remove weights, bool."""
         rows = [self.candidates[self.found.units[group[0]].name] for group in self.groups]
         return tuple(np.array([isinstance(c.solution.weight, Sparse) for c in own]) for own in rows)
 
-    def around(self, budgets: Sequence[str], now: Choices) -> tuple[Menu, ...]:
+    def around(self, budgets: Sequence[str], now: Choices, without: Cuts) -> tuple[Menu, ...]:
         """The menus linearised at a policy: what the whole network costs when one unit changes, so that they sum to the
         true cost there."""
         start = self.costs(now, budgets)
         own, menus = [self._own(i, each) for each in [self.each(now)] for i in range(len(each))], []
-        for g, (group, menu) in enumerate(zip(self.groups, self.menus(budgets), strict=True)):
+        for g, (group, menu) in enumerate(zip(self.groups, self.menus(budgets, without), strict=True)):
             costs, names = menu.costs.copy(), {self.found.units[i].name for i in group}
             if names & {*self.coupled, *self.coupled.values()}:
                 for j in range(len(costs)):
@@ -207,20 +216,35 @@ class Allocator:
         return found | ({"latency": found["latency"] + self.overhead} if "latency" in found else {})
 
     def task(self, limits: Mapping[str, int]) -> Task:
-        """The knapsack for these limits, that of bytes lowered by what the rest of the file takes.
+        """The knapsack for these limits, that of bytes lowered by what the rest of the file takes; with those books
+        whose bytes come back, as the scores have it.
 
         Raises:
             InfeasibleError: a limit is below its floor, which is named; or no policy stays within all.
         """
         budgets = list(limits)
-        menus = self.menus(budgets)
         for b, least in self.floor(budgets).items():
             if limits[b] < least:
                 unit = NAMES[b]
                 what = {"bytes": "file has", "latency": "latency, by the table of its layers, is"}
                 said = f"{what.get(b, f'number of {unit} is')} {least:,}{f' {unit}' if b in what else ''}"
                 raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {said}")
-        choices, task, safe = self.cheapest(budgets[0]), None, None
+        cuts = sorted({c for rows in self.candidates.values() for x in rows if (c := _cut(x))}, key=lambda c: c.rate)
+        found: list[tuple[float, Task]] = []
+        for size in range(len(cuts), -1, -1):
+            for without in combinations(cuts, size):
+                try:
+                    task = self._task(limits, frozenset(without))
+                    found.append((Policy.of(task.menus, task.solve()).loss, task))
+                except InfeasibleError:
+                    if not found and not without:
+                        raise
+        return min(found, key=lambda x: x[0])[1]
+
+    def _task(self, limits: Mapping[str, int], without: Cuts) -> Task:
+        budgets = list(limits)
+        menus = self.menus(budgets, without)
+        choices, task, safe = self.cheapest(budgets[0], without), None, None
         linear = bool(self.coupled)
         for turn in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
             over = self._rest(choices) + MARGIN if "bytes" in limits else 0
@@ -230,7 +254,7 @@ class Allocator:
             if meets is not None and meets(choices):
                 safe = choices
             if linear and turn > 0:  # at first every unit pays for all its rows, which is more than the truth
-                menus = self.around(budgets, choices)
+                menus = self.around(budgets, choices, without)
             task = Task(menus, tuple(inner.values()), self.removing(), meets, safe)
             try:
                 again = task.solve()
@@ -259,6 +283,12 @@ class Allocator:
         policies = front(task.menus)
         over = self._rest(policies[0].choices)
         return [(p.choices, Point(over + self.costs(p.choices, ["bytes"])["bytes"], p.loss)) for p in policies]
+
+
+def _cut(candidate: Candidate) -> Vectors | None:
+    """The vectors from shared books that a candidate is made of."""
+    own = additive_of(candidate.method)
+    return None if own is None else own.cut(0)
 
 
 def chosen(allocator: Allocator, choices: Choices) -> tuple[Chosen, ...]:

@@ -18,6 +18,7 @@ from featherweight.knapsack import Menu, useful
 from featherweight.latency import Clock
 from featherweight.layers import Unit, matching
 from featherweight.methods import (
+    Additive,
     Channels,
     Gptq,
     GridSpec,
@@ -30,9 +31,11 @@ from featherweight.methods import (
     Solution,
     Unstructured,
 )
+from featherweight.methods.additive import NARROW, WIDTH
+from featherweight.methods.books import vectors_of
 from featherweight.stats import LayerStats
 from featherweight.target import Among, Goal
-from featherweight.weights import Grid, Sparse, Weight
+from featherweight.weights import Codebook, Grid, Sparse, Weight
 from featherweight.weights.masks import BoxMap, ChannelMap, RowMap
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -41,6 +44,7 @@ JOINT = {0.3: (3, 4, 5), 0.5: (3, 4, 5), 0.7: (3, 4, 5), 0.85: (3, 4)}
 STRUCTURE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of the input channels
 CHANNEL_BITS = (3, 4, 5, 8)
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
+RATES = (1.5, 2.0, 3.0)  # bits a weight of additive quantization
 FLOAT = 32  # bits that a multiplication counts where a factor is not on a grid
 
 
@@ -62,9 +66,12 @@ class Candidate:
     rise: float
 
 
-def forms(unit: Unit, goal: Goal, with_data: bool = True) -> list[Method]:
-    """The methods that are tried for a unit; without data those that need none."""
-    return _structured(unit, goal) if goal.structured else _unstructured(unit, goal.among, with_data)
+def forms(unit: Unit, goal: Goal, with_data: bool = True, weights: int = 0) -> list[Method]:
+    """The methods that are tried for a unit; without data those that need none. weights: of all units, which decide how
+    large books may be."""
+    if goal.structured:
+        return _structured(unit, goal)
+    return _unstructured(unit, goal.among, with_data) + (_additive(unit, goal, weights) if with_data else [])
 
 
 def tried(
@@ -81,7 +88,8 @@ def tried(
     for names in groups:
         own = [fixed[n] for n in names if n in fixed]
         known |= {n: fixed.get(n, own[0]) for n in names if own}
-    found = {u.name: [known[u.name]] if u.name in known else forms(u, goal, with_data) for u in units}
+    weights = sum(u.params for u in units)
+    found = {u.name: [known[u.name]] if u.name in known else forms(u, goal, with_data, weights) for u in units}
     for names in groups:
         common = [m for m in found[names[0]] if all(m in found[n] for n in names)]
         if not common:
@@ -108,7 +116,7 @@ def ties(units: Sequence[Unit], patterns: Sequence[str]) -> tuple[tuple[int, ...
 def _structured(unit: Unit, goal: Goal) -> list[Method]:
     """Whole input channels, on grids where bytes or BOPs are limited, too."""
     levels = STRUCTURE if unit.view.matrix_shape[1] // unit.taps >= 4 else STRUCTURE[:1]
-    widths = CHANNEL_BITS if goal.among == "both" and not (goal.target is None and goal.bops is None) else ()
+    widths = CHANNEL_BITS if goal.among in ("both", "all") and not (goal.target is None and goal.bops is None) else ()
     found: list[Method] = []
     for s in levels:
         pruner = Obs(Channels(s))
@@ -125,14 +133,24 @@ def _unstructured(unit: Unit, among: Among, with_data: bool) -> list[Method]:
     for s in SPARSITIES:  # what prunes alike stands together, and shares the pruned weights
         pruner = Obs(Unstructured(s))
         pruned.append(pruner if with_data else Magnitude(pruner.pattern))
-        if among == "both" and with_data:
+        if among in ("both", "all") and with_data:
             pruned += [PruneQuantize(pruner, Gptq(GridSpec(b))) for b in JOINT.get(s, ())]
-    return (quantized if among != "prune" else []) + (pruned if among != "quantize" else [])
+    return (quantized if among != "prune" else []) + (pruned if among not in ("quantize", "additive") else [])
+
+
+def _additive(unit: Unit, goal: Goal, weights: int) -> list[Method]:
+    """Vectors from shared books, where a row is some vectors long."""
+    specs = [vectors_of(rate, weights) for rate in RATES]
+    fits = unit.kind != "embedding" and all(unit.view.matrix_shape[1] >= NARROW * v.d for v in specs)
+    return [Additive(v, width=1) for v in specs] if fits and goal.among in ("additive", "all") else []
 
 
 def refined(method: Method) -> Method:
-    """The better form of a candidate's method, which takes longer and stores as much."""
+    """The better form of a candidate's method, which takes longer and stores as much; books are fitted anew, as fewer
+    weights use them."""
     match method:
+        case Additive():
+            return replace(method, width=WIDTH, books=None)
         case Gptq():
             return Obq(method.grid)
         case PruneQuantize(quantize=Gptq() as quantize):
@@ -240,6 +258,8 @@ def without_rows(weight: Weight, unit: Unit, needed: Tensor) -> Weight:
     """The same weight but for rows that are not `needed`, (rows,) bool, where they can be left out of what is
     stored."""
     if not isinstance(weight, Sparse) or not isinstance(weight.form, ChannelMap | BoxMap) or unit.groups > 1:
+        return weight
+    if isinstance(weight.values, Codebook):  # its vectors would be cut anew
         return weight
     return replace(weight, mask=weight.mask & needed[:, None], form=BoxMap(unit.taps))
 

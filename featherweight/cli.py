@@ -68,7 +68,9 @@ TargetBops = Annotated[str | None, typer.Option(help="the same, each times the b
 TargetLatency = Annotated[
     str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")
 ]
-AmongKinds = Annotated[str, typer.Option("--among", help="what a target chooses from: quantize, prune or both")]
+AmongKinds = Annotated[
+    str, typer.Option("--among", help="what a target chooses from: quantize, prune, both, additive or all")
+]
 ScoreKind = Annotated[
     str, typer.Option("--score", help="what a target's scores are made of: outputs, labels (second order), or measured")
 ]
@@ -109,7 +111,7 @@ def compress_command(
     target_macs: TargetMacs = None,
     target_bops: TargetBops = None,
     target_latency: TargetLatency = None,
-    among: AmongKinds = "both",
+    among: AmongKinds = "all",
     score: ScoreKind = "outputs",
     tie: Tied = None,
     measurements: Measurements = None,
@@ -202,7 +204,7 @@ def plan_command(
     target_macs: TargetMacs = None,
     target_bops: TargetBops = None,
     target_latency: TargetLatency = None,
-    among: AmongKinds = "both",
+    among: AmongKinds = "all",
     score: ScoreKind = "outputs",
     tie: Tied = None,
     recipe: RecipeFile = None,
@@ -319,7 +321,7 @@ def _goal(
 ) -> Goal | None:
     """What the options ask for; None without any target."""
     if target is None and macs is None and bops is None and latency is None:
-        if (among, score) != ("both", "outputs") or tie or measurements is not None or front is not None:
+        if (among, score) != ("all", "outputs") or tie or measurements is not None or front is not None:
             options = "--among, --score, --tie, --measurements and --front"
             raise UsageError(f"{options} are of a target: give --target, for example 10x")
         return None

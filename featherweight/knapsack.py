@@ -149,7 +149,9 @@ def within(menus: Sequence[Menu], limits: Sequence[int]) -> Policy:
     """
     for m in menus:
         require(m.costs.shape[1] == len(limits), f"each candidate needs {len(limits)} costs", m.costs.shape)
-    kept = [useful(m) for m in menus]
+    kept = [k[(m.costs[k] <= limits).all(axis=1)] for m in menus for k in [useful(m)]]
+    if any(len(k) == 0 for k in kept):
+        raise InfeasibleError(f"no policy stays within {list(limits)}; each alone reaches {floor(menus)}")
     losses = np.concatenate([m.losses[k] - m.losses[k].min() for m, k in zip(menus, kept, strict=True)])
     costs = np.concatenate([m.costs[k] for m, k in zip(menus, kept, strict=True)]).T.astype(np.float64)
     owner = np.repeat(np.arange(len(menus)), [len(k) for k in kept])

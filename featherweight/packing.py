@@ -14,6 +14,7 @@ from featherweight.artifact.write import to_bytes
 from featherweight.errors import UsageError
 from featherweight.layers import Scan
 from featherweight.methods import Method, Solution
+from featherweight.sharing import book_bytes
 from featherweight.weights.base import float_type
 
 
@@ -108,6 +109,7 @@ def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method], wan
     rest = {n: t for n, t in artifact.rest.items() if n not in names}
     other = len(to_bytes(replace(artifact, rest=rest)))
     payload = sum(methods[u.name].storage(u.view.matrix_shape, u.taps, u.groups) for u in found.units)
+    payload += book_bytes(methods)
     header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
     labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
     header += 75 * sum(bits > 0 for bits in wanted.values())

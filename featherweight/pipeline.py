@@ -27,12 +27,14 @@ from featherweight.finetune import Finetune, rehearse
 from featherweight.finetune import finetune as train
 from featherweight.layers import LeftAlone, Scan, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
+from featherweight.methods.additive import additive_of
 from featherweight.methods.base import usable
 from featherweight.moments import basis_of, captured
 from featherweight.packing import packed, predicted_bytes
 from featherweight.recipe import Recipe, assign, input_bits, overridden, settled
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
+from featherweight.sharing import fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, baselines, target_bytes
@@ -151,7 +153,7 @@ def compress(
         with _timed(seconds, "capture"):
             seen = samples if goal is None else split(samples)[0] or samples  # the others judge policies
             then = order(net, seen, found.units, methods) if goal is None and recipe.sequential else Order()
-            left = tuple(u for u in found.units if u not in then.units)
+            left = tuple(u for u in found.units if u not in then.units or additive_of(methods[u.name]))
             basis = None if goal is None else basis_of(net, samples, store)
             stats = captured(net, seen, left, Path(folder), progress, store, basis)
             grids, float_inputs = calibrate(net, samples, found.units, wanted)
@@ -171,10 +173,12 @@ def compress(
             if stage is not None:
                 methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}
                 then = order(net, samples, found.units, methods) if recipe.sequential is not False else Order()
-                left = tuple(u for u in found.units if u not in then.units)
+            with _timed(seconds, "books"):
+                methods = {n: m[0] for n, m in fitted(net, found.units, stats, _each(methods), store, progress).items()}
             with _timed(seconds, "solve"):
                 work = Work(methods, store, progress, len(found.units))
-                solutions = solved(work, net, found.units, {u.name: stats[u.name] for u in left}, then, grids)
+                left = {u.name: stats[u.name] for u in found.units if u not in then.units}
+                solutions = solved(work, net, found.units, left, then, grids)
                 solutions = solutions if stage is None else stage.allocator.trimmed(solutions)
                 net.load_state_dict(original, strict=False)
             with _timed(seconds, "repair"):
@@ -273,6 +277,10 @@ def plan(
     total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
     return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
+
+
+def _each(methods: Mapping[str, Method]) -> dict[str, list[Method]]:
+    return {name: [method] for name, method in methods.items()}
 
 
 def _again(stage: Stage, over: dict[str, int], turns: int) -> Stage:

@@ -1,8 +1,9 @@
 """Settings in words -> methods. Besides reading a file, this is the only place where a name becomes a class."""
 
+import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -11,6 +12,7 @@ from featherweight.errors import UsageError, require
 from featherweight.layers import Scan, Unit, matching
 from featherweight.methods import (
     NM,
+    Additive,
     Admm,
     Blocks,
     Channels,
@@ -26,11 +28,17 @@ from featherweight.methods import (
     Rows,
     Rtn,
     Unstructured,
+    Vectors,
 )
+from featherweight.methods.additive import NARROW, additive_of
 
 QUANTIZERS: dict[str, type[Rtn] | type[Gptq] | type[Obq]] = {"rtn": Rtn, "gptq": Gptq, "obq": Obq}
 PRUNERS: dict[str, type[Magnitude] | type[Obs] | type[Admm]] = {"magnitude": Magnitude, "obs": Obs, "admm": Admm}
-SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer")
+_ADDITIVE = ("share", "vector", "books")
+SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer", *_ADDITIVE)
+FINE = GridSpec(8, symmetric=True)
+SHARE = 0.01  # of the bytes of all weights with books, for grids of 8 bits in place of vectors
+SHARES = ("network", "stage", "layer")
 _NM = re.compile(r"(\d+):(\d+)")
 _BLOCKS = re.compile(r"blocks(?::(\d+))?")
 
@@ -75,11 +83,13 @@ def _check_activations(bits: Any) -> None:
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
-    """The method that settings name: `method` (rtn, gptq, obq, magnitude, obs, admm), `bits`, `sparsity`, `pattern`
-    (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any weights), `group`, `symmetric`, `damp`, and
-    `quantizer` (gptq or obq) for what a pruner with `bits` quantizes with. A sparsity or pattern without a method means
-    the better of ExactOBS and ADMM, or ADMM alone for layers where the first would take long. No setting at all means
-    OBQ at 4 bits; grids of 8 bits are symmetric unless `symmetric` says otherwise.
+    """The method that settings name: `method` (rtn, gptq, obq, additive, magnitude, obs, admm), `bits`, `sparsity`,
+    `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any weights), `group`, `symmetric`,
+    `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes with; and of additive
+    quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books` (words that are
+    added up). A sparsity or pattern without a method means the better of ExactOBS and ADMM, or ADMM alone for layers
+    where the first would take long. No setting at all means OBQ at 4 bits; grids of 8 bits are symmetric unless
+    `symmetric` says otherwise.
 
     >>> method_of({"method": "gptq", "bits": 3}).label
     'gptq 3 bit'
@@ -97,24 +107,53 @@ def method_of(settings: Mapping[str, Any]) -> Method:
         raise UsageError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTINGS)}")
     by_cost = "method" not in given and ("sparsity" in given or "pattern" in given)
     name = given.pop("method", "obs" if "sparsity" in given or "pattern" in given else "obq")
-    if name not in QUANTIZERS | PRUNERS:
-        raise UsageError(f"unknown method {name!r}; expected one of {', '.join(QUANTIZERS | PRUNERS)}")
+    if name not in (*QUANTIZERS, *PRUNERS, "additive"):
+        known = ", ".join((*QUANTIZERS, "additive", *PRUNERS))
+        raise UsageError(f"unknown method {name!r}; expected one of {known}")
     damp: dict[str, Any] = {"damp": _number(given.pop("damp"), "damp")} if "damp" in given else {}
     if name in ("rtn", "magnitude") and damp:
         raise UsageError(f"method '{name}' has no setting 'damp'")
-    grid = _grid(given, needed=name in QUANTIZERS, method=name)
+    if name == "additive":
+        vectors = _additive(given, damp)
+        _nothing_left(given, name)
+        return vectors
+    grid = None if given.get("quantizer") == "additive" else _grid(given, needed=name in QUANTIZERS, method=name)
     if name in QUANTIZERS:
         _nothing_left(given, name)
         assert grid is not None
         return QUANTIZERS[name](grid, **damp)
     pattern = _pattern(given.pop("pattern", None), given.pop("sparsity", None), name)
+    if given.get("quantizer") == "additive":
+        pruner = (Prune if by_cost else PRUNERS[name])(pattern, **damp)
+        method = PruneQuantize(pruner, _additive(given, damp))
+        del given["quantizer"]
+        _nothing_left(given, name)
+        return method
     chosen = given.pop("quantizer", "obq") if grid is not None else None
     _nothing_left(given, name)
     if chosen not in ("gptq", "obq", None):
-        raise UsageError(f"the quantizer of a pruned layer must be gptq or obq, got {chosen!r}")
+        raise UsageError(f"the quantizer of a pruned layer must be gptq, obq or additive, got {chosen!r}")
     quantize = None if grid is None else Gptq(grid) if chosen == "gptq" else Obq(grid)
     pruner = (Prune if by_cost else PRUNERS[name])(pattern, **damp)
     return pruner if quantize is None else PruneQuantize(pruner, quantize)
+
+
+def _additive(given: dict[str, Any], damp: dict[str, Any]) -> Additive:
+    """From `bits` a weight and, where given, `share`, `vector` and `books`."""
+    if "bits" not in given:
+        raise UsageError("method 'additive' needs a number of bits a weight, for example --bits 2")
+    rate, share = _number(given.pop("bits"), "bits"), given.pop("share", "network")
+    if share not in SHARES:
+        raise UsageError(f"share must be one of {', '.join(SHARES)}, got {share!r}")
+    length, count = given.pop("vector", None), given.pop("books", 1)
+    if length is None and count == 1:
+        return Additive(rate, share, **damp)
+    if type(length) is not int or type(count) is not int or length < 1 or count < 1:
+        raise UsageError(f"vector and books must be whole numbers above 0, together; got {length!r} and {count!r}")
+    total = round(rate * length)
+    if abs(total - rate * length) > 0.05 or total < count:
+        raise UsageError(f"{count} books for vectors of {length} weights cannot have {rate:g} bits a weight")
+    return Additive(Vectors(length, tuple((total + m) // count for m in range(count))), share, **damp)
 
 
 def _pattern(pattern: Any, sparsity: Any, method: str) -> Pattern:
@@ -228,7 +267,7 @@ def assign(recipe: Recipe, found: Scan) -> dict[str, Method]:
         UsageError: an override matches no unit.
     """
     chosen = {u.name: recipe.method for u in found.units} | overridden(recipe, found)
-    return {u.name: settled(chosen[u.name], u) for u in found.units}
+    return in_common({u.name: settled(chosen[u.name], u) for u in found.units}, found.units)
 
 
 def overridden(recipe: Recipe, found: Scan) -> dict[str, Method]:
@@ -251,6 +290,35 @@ def settled(method: Method, unit: Unit) -> Method:
         case PruneQuantize(prune=Prune() | Admm() as prune):
             return replace(method, prune=prune.for_layer(unit.view.matrix_shape, unit.groups))
     return method
+
+
+def in_common(methods: Mapping[str, Method], units: Sequence[Unit]) -> dict[str, Method]:
+    """Where weights share books: which ones, and how long vectors are, which all of these weights together decide. The
+    smallest weights get grids of 8 bits, as long as that costs a small SHARE; rows too short for vectors other
+    grids."""
+    found, costs = dict(methods), {}
+    own = {u: spec for u in units if (spec := additive_of(methods[u.name])) is not None}
+    payload = sum(spec.rate * u.params / 8 for u, spec in own.items())
+    for u, spec in own.items():
+        weights = sum(
+            v.params for v, other in own.items() if (other.vectors, other.share) == (spec.vectors, spec.share)
+        )
+        groups = {"stage": f"stage {u.name.partition('.')[0]}", "layer": f"layer {u.name}"}
+        settled = replace(spec.for_weights(weights), share=groups.get(spec.share, spec.share))
+        method = methods[u.name]
+        found[u.name] = replace(method, quantize=settled) if isinstance(method, PruneQuantize) else settled
+        if not isinstance(method, PruneQuantize):
+            rows, cols = u.view.matrix_shape
+            costs[u] = Obq(FINE).storage((rows, cols)) - settled.storage((rows, cols))
+            if cols < NARROW * settled.cut(weights).d:
+                found[u.name] = Obq(GridSpec(min(math.ceil(spec.rate) + 1, 8)))
+    spent = 0
+    for u in sorted(costs, key=costs.__getitem__):
+        spent += costs[u]
+        if spent > SHARE * payload:
+            break
+        found[u.name] = Obq(FINE)
+    return found
 
 
 def input_bits(recipe: Recipe, found: Scan) -> dict[str, int]:

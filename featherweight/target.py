@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
 
-Among: TypeAlias = Literal["quantize", "prune", "both"]
-"""What a goal may choose from: grids alone, sparse fp16 alone, or these and sparse grids."""
+Among: TypeAlias = Literal["quantize", "prune", "both", "additive", "all"]
+"""What a goal may choose from: grids alone; sparse fp16 alone; these and sparse grids; grids and vectors from shared
+books; or everything."""
 
 Score: TypeAlias = Literal["outputs", "labels", "measured"]
 """How a candidate is scored: by second order towards the network's own outputs, or the labels' cross-entropy; or by the
@@ -120,7 +121,7 @@ class Goal:
     target: str | int | None = None
     macs: str | int | None = None
     bops: str | int | None = None
-    among: Among = "both"
+    among: Among = "all"
     measurements: int | None = None
     front: bool = False
     score: Score = "outputs"
@@ -138,9 +139,9 @@ class Goal:
             raise UsageError(f"measurements must be a whole number above 0, got {self.measurements!r}")
         if not (isinstance(self.tied, tuple) and all(isinstance(p, str) for p in self.tied)):
             raise UsageError(f"tied must be a tuple of patterns, got {self.tied!r}")
-        if self.structured and self.among == "quantize":
-            what = "grids leave all multiplications in place"
-            raise UsageError(f"{what}: for a target of MACs or latency choose among prune or both")
+        if self.structured and self.among in ("quantize", "additive"):
+            what = "grids and books leave all multiplications in place"
+            raise UsageError(f"{what}: for a target of MACs or latency choose among prune, both or all")
         if self.target is not None:
             target_bytes(self.target, 1 << 40)
         for value, what in ((self.macs, "MACs"), (self.bops, "BOPs")):

@@ -17,7 +17,7 @@ from featherweight.activations import ActivationGrid, is_scale
 from featherweight.artifact.schema import BLANK, KEY, MARK, STREAMS, VERSIONS, Artifact, FoldedNorm, StoredUnit
 from featherweight.errors import FormatError
 from featherweight.layers import View
-from featherweight.weights import KINDS
+from featherweight.weights import KINDS, Codebook, books_of
 from featherweight.weights.masks import BoxMap
 
 _KINDS = {kind.kind: kind for kind in KINDS}
@@ -58,9 +58,13 @@ def _artifact(data: bytes) -> Artifact:
     streams = _streams(data)
     methods = [_text(m, "methods") for m in _list(contents["methods"], "methods")]
     version = contents["format"]
+    shapes = enumerate(_list(contents.get("books", []), "books"))
+    books = [_book(shape, i, streams) for i, shape in shapes]
     entries = enumerate(_list(contents["units"], "units"))
     claims = _Claims(max(_FREE, _DENSEST * len(data)))
-    units = [_unit(entry, i, methods, streams, version, claims) for i, entry in entries]
+    units = [_unit(entry, i, methods, streams, version, claims, books) for i, entry in entries]
+    if len({id(b) for u in units for b in books_of(u.weight)}) != len(books):
+        raise FormatError("a book is used by no weight")
     rest = dict(_rest(entry, i, streams) for i, entry in enumerate(_list(contents["rest"], "rest")))
     norms = [_norm(entry, i, streams) for i, entry in enumerate(_list(contents["batchnorm"], "batchnorm"))]
     for stream in streams.values():
@@ -106,7 +110,8 @@ def _contents(data: bytes) -> dict[str, Any]:
         flat = isinstance(entry["shape"], list) and len(entry["shape"]) == 1
         if name not in STREAMS or entry["dtype"] != name.upper() or not flat:
             raise FormatError(f"tensor {name!r} must be a vector, named after its type, one of {list(STREAMS)}")
-    _keys(contents, "the header", ("format", "checksum", "methods", "units", "rest", "batchnorm", "about"))
+    needed = ("format", "checksum", "methods", "units", "rest", "batchnorm", "about")
+    _keys(contents, "the header", needed, ("books",) if contents["format"] >= 4 else ())
     return contents
 
 
@@ -179,7 +184,13 @@ def _streams(data: bytes) -> dict[str, _Stream]:
 
 
 def _unit(
-    entry: Any, i: int, methods: list[str], streams: dict[str, _Stream], version: int, claims: _Claims
+    entry: Any,
+    i: int,
+    methods: list[str],
+    streams: dict[str, _Stream],
+    version: int,
+    claims: _Claims,
+    books: list[Tensor],
 ) -> StoredUnit:
     where = f"units[{i}]"
     optional = ("transposed_groups", "error", "note", "input")[: 3 if version == 1 else 4]
@@ -202,17 +213,48 @@ def _unit(
     if not isinstance(meta, dict) or not isinstance(meta.get("kind"), str) or meta["kind"] not in _KINDS:
         raise FormatError(f"{where}: unknown kind of weight; expected one of {sorted(_KINDS)}")
     kind = _KINDS[meta["kind"]]
-    fields = {k: v for k, v in meta.items() if k != "kind"}
+    numbers = _numbers(meta, books, where)
+    fields = {k: v for k, v in meta.items() if k not in ("kind", "books")} | _cut([books[n] for n in numbers], where)
     try:
         layout = kind.layout(view.matrix_shape, fields)
         pieces = {f: _piece(streams, dtype, n, f"{where}.{f}") for f, (dtype, n) in layout.items()}
         claims.take(view.matrix_shape[0] * view.matrix_shape[1], where)
+        pieces |= {f"book{m}": books[n] for m, n in enumerate(numbers)}
         weight = kind.load(view.matrix_shape, fields, pieces)
     except FormatError as wrong:
         raise FormatError(f"{names[0]}: {wrong}") from None
     note = _text(entry.get("note", ""), f"{where}.note")
     rounded = _input(entry["input"], f"{where}.input") if "input" in entry else None
     return StoredUnit(names, view, weight, methods[method], error, note, rounded)
+
+
+def _numbers(meta: dict[str, Any], books: list[Tensor], where: str) -> list[int]:
+    """Which books a weight is made of; in versions before 4 there are none."""
+    if Codebook.kind not in (meta["kind"], meta.get("values")):
+        if "books" in meta:
+            raise FormatError(f"{where}: a weight of kind '{meta['kind']}' has no books")
+        return []
+    numbers = _list(meta.get("books"), f"{where}.books")
+    if not numbers or not all(_is_count(n) and n < len(books) for n in numbers):
+        raise FormatError(f"{where}: books must be numbers below {len(books)}, got {numbers!r}")
+    return numbers
+
+
+def _cut(books: list[Tensor], where: str) -> dict[str, Any]:
+    """How long vectors and how wide codes are, as the books say."""
+    if not books:
+        return {}
+    if len({b.shape[1] for b in books}) > 1:
+        raise FormatError(f"{where}: its books have words of different lengths")
+    return {"d": books[0].shape[1], "bits": [len(b).bit_length() - 1 for b in books]}
+
+
+def _book(shape: Any, i: int, streams: dict[str, _Stream]) -> Tensor:
+    where = f"books[{i}]"
+    words, d = _shape(shape, where) if isinstance(shape, list) and len(shape) == 2 else (0, 0)
+    if not words:
+        raise FormatError(f"{where} must be [words, d], got {shape!r}")
+    return streams["f16"].take(words * d, where).reshape(words, d)
 
 
 def _input(entry: Any, where: str) -> ActivationGrid:

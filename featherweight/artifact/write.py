@@ -16,6 +16,7 @@ from torch import Tensor
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import BLANK, KEY, MARK, STREAM_OF, VERSIONS, Artifact
 from featherweight.errors import FormatError, UsageError
+from featherweight.weights import books_of
 from featherweight.weights.masks import BoxMap
 
 
@@ -32,6 +33,14 @@ def to_bytes(artifact: Artifact) -> bytes:
 
     methods = sorted({u.method for u in artifact.units})
     units, rest, norms = [], [], []
+    books: dict[bytes, int] = {}  # contents -> number: equal ones are stored once
+    shapes: list[list[int]] = []
+    for unit in artifact.units:
+        for book in books_of(unit.weight):
+            if _contents(book) not in books:
+                books[_contents(book)] = len(shapes)
+                shapes.append(list(book.shape))
+                put(book)
     for unit in artifact.units:
         for tensor in unit.weight.tensors().values():
             put(tensor)
@@ -44,7 +53,11 @@ def to_bytes(artifact: Artifact) -> bytes:
             entry["note"] = unit.note
         if unit.input is not None:
             entry["input"] = asdict(unit.input)
-        units.append(entry | {"weight": {"kind": unit.weight.kind} | unit.weight.meta()})
+        own = [books[_contents(book)] for book in books_of(unit.weight)]
+        weight = {"kind": unit.weight.kind} | unit.weight.meta() | ({"books": own} if own else {})
+        if own:  # the books say how long vectors and how wide codes are
+            weight = {k: v for k, v in weight.items() if k not in ("d", "bits")}
+        units.append(entry | {"weight": weight})
     for name, tensor in artifact.rest.items():
         rest.append([name, put(tensor), list(tensor.shape)])
     for norm in artifact.norms:
@@ -59,6 +72,8 @@ def to_bytes(artifact: Artifact) -> bytes:
         "batchnorm": norms,
         "about": artifact.about,
     }
+    if shapes:
+        contents["books"] = shapes
     try:
         text = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -102,8 +117,14 @@ def write(artifact: Artifact, path: Path) -> int:
     return len(data)
 
 
+def _contents(book: Tensor) -> bytes:
+    return repr(tuple(book.shape)).encode() + book.detach().cpu().contiguous().numpy().tobytes()
+
+
 def _version(artifact: Artifact, weights: list[dict[str, Any]]) -> int:
     """The lowest that can say what is in the file."""
+    if any("books" in w for w in weights):
+        return VERSIONS[3]
     masks = [w["mask"]["kind"] for w in weights if "mask" in w]
     if BoxMap.kind in masks:
         return VERSIONS[2]

@@ -1,10 +1,12 @@
 """How a stored weight is found: one frozen configuration per method, each solving one matrix at a time."""
 
+from featherweight.methods.additive import Additive as Additive
 from featherweight.methods.admm import Admm as Admm
 from featherweight.methods.admm import Prune as Prune
 from featherweight.methods.base import Method as Method
 from featherweight.methods.base import Solution as Solution
 from featherweight.methods.base import Status as Status
+from featherweight.methods.books import Vectors as Vectors
 from featherweight.methods.gptq import Gptq as Gptq
 from featherweight.methods.grids import GridSpec as GridSpec
 from featherweight.methods.obq import Obq as Obq

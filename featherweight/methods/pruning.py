@@ -22,6 +22,7 @@ from featherweight._linalg import damped_cholesky
 from featherweight.errors import require
 from featherweight.methods import patterns, traces
 from featherweight.methods._kernels import refit_rows
+from featherweight.methods.additive import Additive
 from featherweight.methods.base import Solution, status_of, usable
 from featherweight.methods.gptq import Gptq
 from featherweight.methods.obq import Obq
@@ -174,7 +175,7 @@ class PruneQuantize:
 
     name: ClassVar[str] = "prune+quantize"
     prune: Pruner
-    quantize: Gptq | Obq
+    quantize: Gptq | Obq | Additive
 
     @property
     def label(self) -> str:
@@ -197,7 +198,10 @@ class PruneQuantize:
     def storage(self, shape: tuple[int, int], taps: int = 1, groups: int = 1) -> int:
         pattern = self.prune.pattern
         mask = patterns.mask_of(pattern, taps, groups).size(shape)
-        return mask + self.quantize.grid.storage(shape, _kept(pattern, shape, taps, groups))
+        kept = _kept(pattern, shape, taps, groups)
+        if isinstance(self.quantize, Additive):
+            return mask + self.quantize.storage(shape, taps, groups, kept)
+        return mask + self.quantize.grid.storage(shape, kept)
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
         return self.prune.work(shape, blocks) + 2 * self.quantize.work(shape, blocks)

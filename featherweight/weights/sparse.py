@@ -1,4 +1,4 @@
-"""A matrix with zeros: a mask of the kept entries, and a Dense or Grid matrix of which only those are stored."""
+"""A matrix with zeros: a mask of the kept entries, and a matrix of another kind of which only those are stored."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self, final
@@ -8,12 +8,13 @@ from torch import Tensor
 
 from featherweight.errors import FormatError, require
 from featherweight.weights.base import Layout, Meta, field, only, payload_bits
+from featherweight.weights.codebook import Codebook
 from featherweight.weights.dense import Dense
 from featherweight.weights.grid import Grid
 from featherweight.weights.masks import MASKS, AnyMask, Bitmap
 
 BITMAP = Bitmap()
-_VALUES: dict[str, type[Dense] | type[Grid]] = {Dense.kind: Dense, Grid.kind: Grid}
+_VALUES: dict[str, type[Dense] | type[Grid] | type[Codebook]] = {k.kind: k for k in (Dense, Grid, Codebook)}
 
 
 @final
@@ -24,12 +25,16 @@ class Sparse:
 
     kind: ClassVar[str] = "sparse"
     mask: Tensor
-    values: Dense | Grid
+    values: Dense | Grid | Codebook
     form: AnyMask = BITMAP
 
     def __post_init__(self) -> None:
         require(self.mask.dtype == torch.bool, "the mask must be bool", self.mask.dtype)
         require(tuple(self.mask.shape) == self.values.shape, f"the mask must be {self.values.shape}", self.mask.shape)
+        if isinstance(self.values, Codebook):
+            own = self.values.keep
+            same = own is not None and torch.equal(own, self.mask)
+            require(same, "codes of vectors must be those of the kept entries", "another or no mask")
 
     @property
     def shape(self) -> tuple[int, int]:

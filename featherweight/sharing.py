@@ -1,0 +1,78 @@
+"""Books of words that weights have in common, fitted once for all of them before any of them is solved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from featherweight.database import Database, fingerprint
+from featherweight.layers import Unit
+from featherweight.methods import Additive, Method, PruneQuantize
+from featherweight.methods.additive import additive_of
+from featherweight.methods.books import Books, fit
+from featherweight.methods.vectors import Layer
+from featherweight.solve import Progress
+from featherweight.stats import LayerStats
+
+
+def fitted(
+    net: nn.Module,
+    units: Sequence[Unit],
+    stats: Mapping[str, LayerStats],
+    methods: Mapping[str, Sequence[Method]],
+    store: Database | None,
+    progress: Progress,
+) -> dict[str, list[Method]]:
+    """The methods of every unit with books in place where they have none yet: one set for each equal setting."""
+    by_name = {u.name: u for u in units}
+    wanted: dict[Additive, list[tuple[str, Method]]] = {}
+    for name, own in methods.items():
+        for method in own:
+            spec = additive_of(method)
+            if spec is not None and spec.books is None:
+                wanted.setdefault(spec, []).append((name, method))
+    if not wanted:
+        return {name: list(own) for name, own in methods.items()}
+    found: dict[Additive, Books] = {}
+    progress("books", 0, len(wanted))
+    for spec, users in wanted.items():
+        layers = [_layer(net, by_name[name], stats[name], method, spec) for name, method in users]
+        found[spec] = _fitted(layers, spec, store)
+        progress("books", len(found), len(wanted))
+
+    def done(method: Method) -> Method:
+        spec = additive_of(method)
+        return method if spec is None or spec.books else _with(method, replace(spec, books=found[spec]))
+
+    return {name: [done(m) for m in own] for name, own in methods.items()}
+
+
+def _with(method: Method, own: Additive) -> Method:
+    return replace(method, quantize=own) if isinstance(method, PruneQuantize) else own
+
+
+def _layer(net: nn.Module, unit: Unit, stats: LayerStats, method: Method, spec: Additive) -> Layer:
+    w = unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
+    if not isinstance(method, PruneQuantize):
+        return spec.layer(w, w, stats)[0]
+    pruned = method.prune.prune(w, stats)
+    return spec.layer(w, pruned.weights, stats, pruned.keep)[0]
+
+
+def _fitted(layers: Sequence[Layer], spec: Additive, store: Database | None) -> Books:
+    """Found in the database, or fitted and kept there."""
+    if store is None:
+        return fit(layers, spec.cut(0))
+    key = fingerprint("books", spec.vectors, [(x.w, x.start, x.hessian, x.place) for x in layers])
+    kept = store.tensors(key)
+    if kept is not None:
+        return Books(tuple(kept[f"book{m}"] for m in range(len(kept))))
+    books = fit(layers, spec.cut(0))
+    store.keep(key, {f"book{m}": b for m, b in enumerate(books.words)}, {"books": spec.label})
+    return books
+
+
+def book_bytes(methods: Mapping[str, Method]) -> int:
+    """Bytes of all books that weights will be made of, before any is fitted."""
+    specs = {name: spec for name, m in methods.items() if (spec := additive_of(m)) is not None}
+    return sum({replace(s, books=None): s.cut(0).storage for s in specs.values()}.values())
