@@ -202,7 +202,7 @@ def test_two_processes_do_what_one_does_with_batches_of_twice_the_size(small, tm
     for text, _ in done:
         steps, losses = json.loads(text)
         assert steps == 3 * 4
-        assert losses == pytest.approx(alone.trained.losses, rel=1e-5)
+        assert losses == pytest.approx(alone.trained.losses, rel=1e-4)  # sums in another order
     for name, tensor in alone.artifact.state().items():
         torch.testing.assert_close(first.state()[name], tensor, rtol=1e-3, atol=1e-5)  # fp16 may round either way
 
