@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import featherweight as fw
 from featherweight.artifact import fill, read
@@ -87,6 +88,27 @@ def test_bf16_comes_close_to_fp32(small):
     assert distances["bf16"] < 1.3 * distances["fp32"]
     with pytest.raises(UsageError, match="fp32 or bf16"):
         fw.Finetune(images(8), precision="fp16")
+
+
+class Viewing(nn.Module):
+    """Its `view` works on the usual memory order only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4 * 6 * 6, 5)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).view(len(x), -1))
+
+
+def test_networks_that_refuse_channels_last_get_them_as_they_come():
+    torch.manual_seed(0)
+    net, x = Viewing().eval(), images(32).tensors[0]
+    with pytest.raises(RuntimeError, match="view size"):
+        net(x.contiguous(memory_format=torch.channels_last))
+    artifact = fw.compress(net, x, method=fw.Rtn(fw.GridSpec(3))).artifact
+    assert fw.finetune(artifact, net, fw.Finetune(x, 1, batch_size=16)).trained
 
 
 def test_what_cannot_be_finetuned_is_refused(small):

@@ -59,7 +59,7 @@ def train(
     optimizer = torch.optim.Adam([{"params": [v.step], "pace": v.pace} for v in variables.all()], lr=how.learning_rate)
     path = None if how.checkpoint is None else Path(how.checkpoint)
     mark: dict[str, Any] = {}
-    place, saved = Place(), time.monotonic()
+    place, saved, last = Place(), time.monotonic(), None
     if path is not None:
         mark = checkpoint.mark_of(how, ranks.count, _start(dense, weights, variables))
         if data := ranks.from_first(checkpoint.content(path) if ranks.first else b"", device):
@@ -71,7 +71,9 @@ def train(
         for sent in found.batches:
             for group in optimizer.param_groups:
                 group["lr"] = how.learning_rate * group["pace"] * _rate(place.steps / total)
-            batch = _arranged(sent.to(device))
+            batch = sent.to(device)
+            last = _takes_channels_last(dense, batch, how) if last is None else last
+            batch = _channels_last(batch) if last else batch
             optimizer.zero_grad()
             # cuDNN has no gradients of recurrent layers in eval mode
             with eager(), torch.backends.cudnn.flags(enabled=False):
@@ -108,7 +110,7 @@ def rehearse(net: nn.Module, how: Finetune) -> Finetune:
     how = kept(how)
     if how.checkpoint is not None:
         checkpoint.content(Path(how.checkpoint))
-    batch = _arranged(next(epoch_of(how, 0, Ranks.now()).batches).to(device_of(net)))
+    batch = next(epoch_of(how, 0, Ranks.now()).batches).to(device_of(net))
     with _precision(net, how):
         want = _floats(batch.run(net))
     if not want:
@@ -137,7 +139,18 @@ def _floats(value: Any) -> list[Tensor]:
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in outputs(value)]
 
 
-def _arranged(batch: Batch) -> Batch:
+@torch.no_grad()
+def _takes_channels_last(net: nn.Module, batch: Batch, how: Finetune) -> bool:
+    """Whether the network runs on images in that memory order; a `view` in it may refuse."""
+    try:
+        with _precision(net, how):
+            _channels_last(batch).run(net)
+    except UsageError:
+        return False
+    return True
+
+
+def _channels_last(batch: Batch) -> Batch:
     """With the channels of images last in memory, as convolutions like them."""
 
     def last(value: Any) -> Any:
