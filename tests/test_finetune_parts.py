@@ -265,3 +265,13 @@ def test_checkpoints_of_something_else_are_refused(tmp_path, pruned):
         fw.finetune(pruned, tiny(), how)
     with pytest.raises(UsageError, match="of the checkpoint does not exist"):
         fw.finetune(pruned, tiny(), replace(how, checkpoint=tmp_path / "no" / "state"))
+
+
+def test_the_rate_rises_falls_and_is_never_0():
+    rate = import_module("featherweight.finetune.loop")._rate
+    assert rate(0, 1) == 1
+    whole = [rate(k, 200) for k in range(200)]
+    assert whole[:10] == sorted(whole[:10])
+    assert whole[9:] == sorted(whole[9:], reverse=True)
+    assert min(whole) > 0
+    assert max(whole) > 0.99

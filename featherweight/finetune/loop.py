@@ -34,7 +34,7 @@ from featherweight.layers import Unit
 from featherweight.repair.distance import energy, is_classification, outputs
 from featherweight.weights import Weight
 
-WARM = 0.05  # of all steps: the rate rises from 0, as Adam's first steps are all of full size
+WARM = 0.05  # of all steps: the rate rises, as Adam's first steps are of full size whatever the gradient
 OFTEN = 30.0  # seconds between checkpoints within an epoch, at least
 
 
@@ -70,7 +70,7 @@ def train(
         total = how.epochs * place.each
         for sent in found.batches:
             for group in optimizer.param_groups:
-                group["lr"] = how.learning_rate * group["pace"] * _rate(place.steps / total)
+                group["lr"] = how.learning_rate * group["pace"] * _rate(place.steps, total)
             batch = sent.to(device)
             last = _takes_channels_last(dense, batch, how) if last is None else last
             batch = _channels_last(batch) if last else batch
@@ -160,9 +160,10 @@ def _channels_last(batch: Batch) -> Batch:
     return Batch(tuple(map(last, batch.args)), {k: last(v) for k, v in batch.kwargs.items()}, batch.target)
 
 
-def _rate(done: float) -> float:
-    """Share of the learning rate after a share of the steps: up in a line, down as a cosine."""
-    return min(done / WARM, 1.0) * (1 + math.cos(math.pi * min(done, 1.0))) / 2 if WARM else 0.0
+def _rate(step: int, total: int) -> float:
+    """Share of the learning rate: up in a line, down as a cosine; the first step is never 0."""
+    rise = min((step + 1) / max(WARM * total, 1.0), 1.0)
+    return rise * (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
 
 
 def _start(dense: nn.Module, weights: Mapping[str, Weight], variables: Variables) -> dict[str, Tensor]:
