@@ -4,7 +4,7 @@ from featherweight._memory import reuse_memory
 from featherweight.activations import ActivationGrid, simulate
 from featherweight.artifact import load
 from featherweight.errors import FeatherweightError, FormatError, InfeasibleError, SolveError, UsageError
-from featherweight.finetune import Finetune
+from featherweight.finetune import Finetune, finetune
 from featherweight.layers import scan
 from featherweight.methods import (
     NM,
@@ -60,6 +60,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "UsageError",
     "capture",
     "compress",
+    "finetune",
     "load",
     "plan",
     "read_recipe",

@@ -9,6 +9,7 @@ unit, wherever it is called (docs/decisions/0001). Biases, outputs, norms, sums,
 embeddings, recurrent and attention layers compute inside stay in float.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -159,6 +160,20 @@ def simulated(model: nn.Module) -> dict[str, ActivationGrid]:
     plain = _uncompiled(model)
     own, prefix = vars(plain).get("forward"), "" if plain is model else _COMPILED
     return {prefix + name: grid for name, grid in own.grids.items()} if isinstance(own, _Forward) else {}
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, without gradients, of a network that rounds nothing.
+
+    Raises:
+        UsageError: it rounds inputs, or cannot be copied.
+    """
+    if simulated(model):
+        raise UsageError("this network rounds inputs, as its file says; first call featherweight.simulate(model, {})")
+    try:
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:  # the user's module may raise anything
+        raise UsageError(f"the network cannot be copied ({type(error).__name__}: {error})") from error
 
 
 _COMPILED = "_orig_mod."

@@ -1,35 +1,33 @@
 """The `featherweight` command. Each command parses, calls the library and prints; errors are one line and a code:
 1 a file or a layer is bad, 2 the request is wrong, 3 the target cannot be reached."""
 
-import json
-import os
+import copy
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+import time
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from featherweight import options as opt
 from featherweight._memory import reuse_memory
 from featherweight.artifact import fill, read
-from featherweight.database import Database, DatabaseWarning
+from featherweight.console import bars, err, out, plain_warnings, print_json
+from featherweight.database import Database
 from featherweight.errors import FeatherweightError, UsageError
-from featherweight.finetune import Finetune
+from featherweight.finetune import Finetune, finetune
+from featherweight.finetune.ranks import choose_device, joined
 from featherweight.picture import check_front, save_front
 from featherweight.pipeline import Plan, compress, plan, settle
-from featherweight.proof import meter, prove
+from featherweight.proof import check_output, meter, save_proved
 from featherweight.recipe import Recipe, method_of, read_recipe
 from featherweight.report import (
     allocation_lines,
-    finite,
     float_inputs_lines,
     left_alone_table,
     rows_of,
@@ -46,97 +44,53 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a trained PyTorch network small, and prove that it still works.",
 )
-out = Console(width=None if sys.stdout.isatty() else 110, soft_wrap=True)
-err = Console(stderr=True)
 
-ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
-DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
-Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
-Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, magnitude, obs or admm, for all weights")]
-Bits = Annotated[int | None, typer.Option(help="1 to 8")]
-Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
-Pattern = Annotated[str | None, typer.Option(help="what is removed together: 2:4 (any N:M), blocks:4, rows, channels")]
-Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]
-Symmetric = Annotated[
-    bool | None,
-    typer.Option("--symmetric/--asymmetric", help="without or with zero points (default: with, below 8 bits)"),
-]
-Activations = Annotated[int | None, typer.Option(help="round the inputs of compressed weights, too: 2 to 8 bits")]
-Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
-TargetMacs = Annotated[str | None, typer.Option(help="multiplications of a sample: 0.5x of the dense ones, 50% or 20M")]
-TargetBops = Annotated[str | None, typer.Option(help="the same, each times the bits of both factors (32 for floats)")]
-TargetLatency = Annotated[
-    str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")
-]
-AmongKinds = Annotated[
-    str, typer.Option("--among", help="what a target chooses from: quantize, prune, both, additive or all")
-]
-ScoreKind = Annotated[
-    str, typer.Option("--score", help="what a target's scores are made of: outputs, labels (second order), or measured")
-]
-Tied = Annotated[
-    list[str] | None, typer.Option("--tie", help="weights that match this pattern get one choice (repeatable)")
-]
-Measurements = Annotated[int | None, typer.Option(help="policies that a target measures, at most", min=1)]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with settings and overrides")]
-Include = Annotated[list[str] | None, typer.Option(help="only weights that match this pattern (repeatable)")]
-Exclude = Annotated[list[str] | None, typer.Option(help="leave matching weights alone (repeatable)")]
-Sequential = Annotated[
-    bool | None,
-    typer.Option("--sequential/--independent", help="layers see the compressed, or the dense network's inputs"),
-]
-NoRepair = Annotated[bool, typer.Option("--no-repair", help="leave BatchNorm statistics and biases as they are")]
-BatchSize = Annotated[int, typer.Option(min=1, help="samples a batch, where the data are not batched")]
-MetricSpec = Annotated[str | None, typer.Option("--metric", help="callable metric(model, data): a number or a dict")]
-DatabaseFolder = Annotated[
-    Path | None, typer.Option("--database", help="folder that keeps solved weights, so that no run solves one twice")
-]
-Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
+TUNING = Finetune(None)  # the defaults
 
 
 @app.command("compress")
 def compress_command(
-    model: ModelSpec,
+    model: opt.ModelSpec,
     output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")] = Path("small.fw"),
-    data: DataSpec = None,
-    weights: Weights = None,
-    method: Method = None,
-    bits: Bits = None,
-    sparsity: Sparsity = None,
-    pattern: Pattern = None,
-    group: Group = None,
-    symmetric: Symmetric = None,
-    activations: Activations = None,
-    target: Target = None,
-    target_macs: TargetMacs = None,
-    target_bops: TargetBops = None,
-    target_latency: TargetLatency = None,
-    among: AmongKinds = "all",
-    score: ScoreKind = "outputs",
-    tie: Tied = None,
-    measurements: Measurements = None,
+    data: opt.DataSpec = None,
+    weights: opt.Weights = None,
+    method: opt.Method = None,
+    bits: opt.Bits = None,
+    sparsity: opt.Sparsity = None,
+    pattern: opt.Pattern = None,
+    group: opt.Group = None,
+    symmetric: opt.Symmetric = None,
+    activations: opt.Activations = None,
+    target: opt.Target = None,
+    target_macs: opt.TargetMacs = None,
+    target_bops: opt.TargetBops = None,
+    target_latency: opt.TargetLatency = None,
+    among: opt.AmongKinds = "all",
+    score: opt.ScoreKind = "outputs",
+    tie: opt.Tied = None,
+    measurements: opt.Measurements = None,
     front: Annotated[
         Path | None, typer.Option(help="JSON file for other sizes that a target could have, and a picture beside it")
     ] = None,
-    recipe: RecipeFile = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    sequential: Sequential = None,
-    no_repair: NoRepair = False,
-    test: Annotated[str | None, typer.Option("--test", help="test data: accuracy is printed before and after")] = None,
-    metric: MetricSpec = None,
-    batch_size: BatchSize = 128,
-    database: DatabaseFolder = None,
-    finetune: Annotated[
-        int, typer.Option(min=0, help="epochs of training scales, norms and biases towards the dense network")
+    recipe: opt.RecipeFile = None,
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
+    sequential: opt.Sequential = None,
+    no_repair: opt.NoRepair = False,
+    test: opt.TestSpec = None,
+    metric: opt.MetricSpec = None,
+    batch_size: opt.BatchSize = 128,
+    database: opt.DatabaseFolder = None,
+    finetune_epochs: Annotated[
+        int, typer.Option("--finetune", min=0, help="epochs of training scales, norms and biases, see `finetune`")
     ] = 0,
     train: Annotated[str | None, typer.Option(help="data to finetune on (default: the calibration data)")] = None,
-    as_json: Json = False,
+    precision: opt.PrecisionKind = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
-    if metric and not test:
-        raise UsageError("--metric needs the data to measure on: --test file.py:function")
-    _check_output(output, weights)
+    opt.check_metric(metric, test)
+    check_output(output, weights)
     if database is not None:
         Database.at(database)
     settings = method, bits, sparsity, pattern, group, symmetric
@@ -145,42 +99,35 @@ def compress_command(
         check_front(front, output)
     chosen = _recipe(*settings, goal, recipe, include, exclude, no_repair, activations, sequential)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
-    unproved = output.with_name(f".{output.name}.unproved")
-    try:
-        # whatever the user's code prints is not our output
-        with _bars() as progress, _plain_warnings(), redirect_stdout(sys.stderr):
-            network = make_model(model, weights)
-            settle(network, chosen, goal, data is not None)
-            calibration = call(data) if data else None
-            measure = meter(test, metric, batch_size)
-            before = measure(network)
-            tuning = _finetune(finetune, train, calibration, batch_size)
-            small = compress(
-                network,
-                calibration,
-                recipe=chosen,
-                target=goal,
-                evaluate=measure if front is not None and test else None,
-                batch_size=batch_size,
-                about=about,
-                database=database,
-                finetune=tuning,
-                progress=progress,
-            )
-            size = small.save(unproved)
-            progress("read back", 0, 1)
-            proof = prove(unproved, small.artifact.digest(), model, weights, test, metric, batch_size)
-            os.replace(unproved, output)
-            progress("read back", 1, 1)
-    finally:
-        unproved.unlink(missing_ok=True)
-    report = replace(small.report, file_bytes=size, before=before, after=proof["metrics"])
+    # whatever the user's code prints is not our output
+    with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
+        network = make_model(model, weights)
+        settle(network, chosen, goal, data is not None)
+        calibration = call(data) if data else None
+        measure = meter(test, metric, batch_size)
+        before = measure(network)
+        small = compress(
+            network,
+            calibration,
+            recipe=chosen,
+            target=goal,
+            evaluate=measure if front is not None and test else None,
+            batch_size=batch_size,
+            about=about,
+            database=database,
+            finetune=_finetune(finetune_epochs, train, precision, calibration, batch_size),
+            progress=progress,
+        )
+        progress("read back", 0, 1)
+        proof = save_proved(small.artifact, output, model, weights, test, metric, batch_size)
+        progress("read back", 1, 1)
+    report = replace(small.report, file_bytes=proof["bytes"], before=before, after=proof["metrics"])
     if front is not None:
         save_front(report, front)
     if as_json:
-        _print_json(proof["metrics"] | report.to_dict() | {"file": str(output), "digest": proof["digest"]})
+        print_json(proof["metrics"] | report.to_dict() | {"file": str(output), "digest": proof["digest"]})
         return
-    out.print(weights_table(report.rows, size), "")
+    out.print(weights_table(report.rows, report.file_bytes), "")
     out.print(left_alone_table(report.left_alone), "")
     out.print(summary(report, str(output)))
     if front is not None:
@@ -190,35 +137,35 @@ def compress_command(
 
 @app.command("plan")
 def plan_command(
-    model: ModelSpec,
-    data: DataSpec = None,
-    weights: Weights = None,
-    method: Method = None,
-    bits: Bits = None,
-    sparsity: Sparsity = None,
-    pattern: Pattern = None,
-    group: Group = None,
-    symmetric: Symmetric = None,
-    activations: Activations = None,
-    target: Target = None,
-    target_macs: TargetMacs = None,
-    target_bops: TargetBops = None,
-    target_latency: TargetLatency = None,
-    among: AmongKinds = "all",
-    score: ScoreKind = "outputs",
-    tie: Tied = None,
-    recipe: RecipeFile = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    batch_size: BatchSize = 128,
-    database: DatabaseFolder = None,
-    as_json: Json = False,
+    model: opt.ModelSpec,
+    data: opt.DataSpec = None,
+    weights: opt.Weights = None,
+    method: opt.Method = None,
+    bits: opt.Bits = None,
+    sparsity: opt.Sparsity = None,
+    pattern: opt.Pattern = None,
+    group: opt.Group = None,
+    symmetric: opt.Symmetric = None,
+    activations: opt.Activations = None,
+    target: opt.Target = None,
+    target_macs: opt.TargetMacs = None,
+    target_bops: opt.TargetBops = None,
+    target_latency: opt.TargetLatency = None,
+    among: opt.AmongKinds = "all",
+    score: opt.ScoreKind = "outputs",
+    tie: opt.Tied = None,
+    recipe: opt.RecipeFile = None,
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
+    batch_size: opt.BatchSize = 128,
+    database: opt.DatabaseFolder = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
     settings = method, bits, sparsity, pattern, group, symmetric
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)
     chosen = _recipe(*settings, goal, recipe, include, exclude, False, activations, None)
-    with _bars() as progress, _plain_warnings(), redirect_stdout(sys.stderr):
+    with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
         calibration = call(data) if data else None
         found = plan(
@@ -231,7 +178,7 @@ def plan_command(
             progress=progress,
         )
     if as_json:
-        _print_json(asdict(found))
+        print_json(asdict(found))
         return
     out.print(_plan_table(found), "")
     out.print(left_alone_table(found.left_alone), *float_inputs_lines(found.float_inputs), "", sep="\n")
@@ -243,14 +190,69 @@ def plan_command(
     out.print(*allocation_lines(found.allocation, found.file_bytes), sep="\n")
 
 
+@app.command("finetune")
+def finetune_command(
+    file: Annotated[Path, typer.Argument(help="a .fw file")],
+    model: Annotated[str, typer.Option("--model", help="file.py:function that makes the dense network, trained")],
+    train: Annotated[str, typer.Option("--train", help="data to train on: a callable, named like --model")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")] = Path("tuned.fw"),
+    weights: opt.Weights = None,
+    epochs: Annotated[int, typer.Option(min=1, help="times that the data are gone through")] = TUNING.epochs,
+    learning_rate: Annotated[
+        float, typer.Option(help="of Adam, relative to the size of every tensor")
+    ] = TUNING.learning_rate,
+    labels: Annotated[
+        float, typer.Option(help="share of the loss that is cross-entropy with the labels, 0 to 1")
+    ] = TUNING.labels,
+    precision: opt.PrecisionKind = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="file that keeps the state, so that a killed run goes on")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the order of the samples")] = TUNING.seed,
+    test: opt.TestSpec = None,
+    metric: opt.MetricSpec = None,
+    batch_size: opt.BatchSize = 128,
+    as_json: opt.Json = False,
+) -> None:
+    """Train what is continuous in a file towards the dense network; the file keeps its size. With torchrun, on several
+    processors."""
+    opt.check_metric(metric, test)
+    check_output(output, weights)
+    if checkpoint is not None and checkpoint.resolve() == output.resolve():
+        raise UsageError(f"{output} cannot be the output and the checkpoint")
+    choose_device()
+    artifact, start = read(file), time.perf_counter()
+    with plain_warnings(), redirect_stdout(sys.stderr):
+        network = make_model(model, weights)
+        with joined(network) as ranks, bars(ranks.first) as progress:
+            known = epochs, learning_rate, batch_size, labels, seed, precision or "fp32", checkpoint
+            how = Finetune(call(train), *known)  # pyright: ignore - it checks
+            before = meter(test if ranks.first else None, metric, batch_size)(fill(copy.deepcopy(network), artifact))
+            tuned = finetune(artifact, network, how, progress)
+            if not ranks.first:
+                return
+            proof = save_proved(tuned.artifact, output, model, weights, test, metric, batch_size)
+    after, losses, seconds = proof["metrics"], tuned.trained.losses, time.perf_counter() - start
+    if as_json:
+        sizes = {"bytes_before": file.stat().st_size, "file_bytes": proof["bytes"], "digest": proof["digest"]}
+        done = {"before": before, "after": after, "losses": losses, "seconds": round(seconds, 2)}
+        print_json(after | done | sizes | {"file": str(output)})
+        return
+    out.print(f"mean loss of each epoch {' -> '.join(f'{x:.3g}' for x in losses)}")
+    for name, value in after.items():
+        out.print(f"{escape(name)} {before[name]:.2f} -> {value:.2f}")
+    out.print(f"{escape(str(output))}: {proof['bytes']:,} bytes, {seconds:.0f} s", style="dim")
+    out.print(f"read back in a fresh process: every decoded bit is the same ({proof['digest'][:12]})", style="green")
+
+
 @app.command("evaluate")
 def evaluate_command(
     file: Annotated[Path, typer.Argument(help="a .fw file")],
     model: Annotated[str, typer.Option("--model", help="file.py:function that makes the network")],
     data: Annotated[str, typer.Option("--data", help="test data: a callable, named like --model")],
-    metric: MetricSpec = None,
-    batch_size: BatchSize = 128,
-    as_json: Json = False,
+    metric: opt.MetricSpec = None,
+    batch_size: opt.BatchSize = 128,
+    as_json: opt.Json = False,
 ) -> None:
     """Read a file into a network and measure it."""
     artifact = read(file)
@@ -258,7 +260,7 @@ def evaluate_command(
     measured = meter(data, metric, batch_size)(network)
     result = {"file": str(file), "bytes": file.stat().st_size, "digest": artifact.digest()}
     if as_json:
-        _print_json(measured | result | {"metrics": measured})
+        print_json(measured | result | {"metrics": measured})
         return
     for name, value in measured.items():
         out.print(f"{escape(name)} {value:.2f}")
@@ -268,14 +270,14 @@ def evaluate_command(
 @app.command("inspect")
 def inspect_command(
     file: Annotated[Path, typer.Argument(help="a .fw file")],
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """What is in a file: every weight, how it is stored, its bits, bytes and error. Needs no network."""
     artifact = read(file)
     rows, size = rows_of(artifact), file.stat().st_size
     if as_json:
         facts = {"file": str(file), "bytes": size, "about": artifact.about, "digest": artifact.digest()}
-        _print_json(facts | {"weights": [asdict(r) for r in rows]})
+        print_json(facts | {"weights": [asdict(r) for r in rows]})
         return
     out.print(weights_table(rows, size))
     fp32 = artifact.about.get("fp32_bytes")
@@ -284,28 +286,16 @@ def inspect_command(
 
 
 @app.command("demo")
-def demo_command(as_json: Json = False) -> None:
+def demo_command(as_json: opt.Json = False) -> None:
     """Compress a small network for handwritten digits at several sizes. Needs no network and no files."""
     from featherweight.demo.run import demo, demo_table
 
-    with _bars() as progress:
+    with bars() as progress:
         rows = demo(progress)
     if as_json:
-        _print_json([asdict(row) for row in rows])
+        print_json([asdict(row) for row in rows])
         return
     out.print(demo_table(rows))
-
-
-def _check_output(output: Path, weights: Path | None) -> None:
-    """Refuse a place that cannot be written, or that holds what we read, before any work."""
-    if not output.parent.is_dir():
-        raise UsageError(f"the folder {output.parent} does not exist")
-    if output.exists() and not output.is_file():
-        raise UsageError(f"{output} is not a file that can be replaced")
-    if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"the folder {output.parent} cannot be written")
-    if weights is not None and output.exists() and weights.exists() and output.samefile(weights):
-        raise UsageError(f"{output} is the file with the weights; choose another name for the output")
 
 
 def _goal(
@@ -326,21 +316,23 @@ def _goal(
             raise UsageError(f"{options} are of a target: give --target, for example 10x")
         return None
     if front is not None:
-        _check_output(front, None)
+        check_output(front, None)
     known = measurements, front is not None, score, tuple(tie or ()), latency
     return Goal(target, macs, bops, among, *known)  # pyright: ignore - it checks
 
 
-def _finetune(epochs: int, train: str | None, calibration: Any, batch_size: int) -> Finetune | None:
+def _finetune(
+    epochs: int, train: str | None, precision: str | None, calibration: Any, batch_size: int
+) -> Finetune | None:
     """None where no epoch is asked for."""
     if epochs == 0:
-        if train is not None:
-            raise UsageError("--train is for finetuning: give --finetune EPOCHS, for example 5")
+        if train is not None or precision is not None:
+            raise UsageError("--train and --precision are for finetuning: give --finetune EPOCHS, for example 5")
         return None
     data = calibration if train is None else call(train)
     if data is None:
         raise UsageError("--finetune needs data: --train file.py:function, or --data")
-    return Finetune(data, epochs, batch_size=batch_size)
+    return Finetune(data, epochs, batch_size=batch_size, precision=precision or "fp32")  # pyright: ignore - it checks
 
 
 def _recipe(
@@ -397,41 +389,6 @@ def _plan_table(found: Plan) -> Table:
         inputs = [f"{row.input_bits} bit" if row.input_bits else "float"] * rounded
         table.add_row(escape(row.name), row.kind, shape, row.method, *sizes, *rise, *inputs)
     return table
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(finite(value), indent=1, allow_nan=False))
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on standard error, one a stage, where that is a terminal."""
-    columns = TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield progress
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Our own warnings as a line each; those of others as they are."""
-    with warnings.catch_warnings():
-        usual = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if issubclass(category, DatabaseWarning):
-                err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
-            else:
-                usual(message, category, *where)
-
-        warnings.showwarning = show
-        yield
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from featherweight.activations import ActivationGrid, FloatInput, calibrate, simulate, simulated, stays_float
+from featherweight.activations import ActivationGrid, FloatInput, calibrate, plain_copy, simulate, stays_float
 from featherweight.allocate import SECONDS, Setting, Stage, allocate
 from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact, fill, write
@@ -23,8 +23,7 @@ from featherweight.candidates import tried
 from featherweight.data import Batch, batches, check, split
 from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
-from featherweight.finetune import Finetune, rehearse
-from featherweight.finetune import finetune as train
+from featherweight.finetune import Finetune, rehearse, train
 from featherweight.layers import LeftAlone, Scan, scan
 from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
 from featherweight.methods.additive import additive_of
@@ -133,7 +132,7 @@ def compress(
     if method is not None and (recipe is not None or target is not None):
         raise UsageError("a recipe or a target chooses the methods itself; give no method beside it")
     store = None if database is None else Database.at(database)
-    net, goal = _copy(model), goal_of(target)
+    net, goal = plain_copy(model), goal_of(target)
     recipe = recipe or Recipe(method or Obq(GridSpec(4)))
     found, methods = settle(net, recipe, goal, data is not None)
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
@@ -143,7 +142,7 @@ def compress(
     samples = _samples(net, data, methods, batch_size, wanted)
     if finetune is not None:
         finetune = replace(finetune, data=samples) if finetune.data is data else finetune
-        rehearse(net, finetune)
+        finetune = rehearse(net, finetune)
         net.load_state_dict(original, strict=False)
     before = _metrics(evaluate, copy.deepcopy(net))
     about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
@@ -193,6 +192,7 @@ def compress(
                 with _timed(seconds, "finetune"):
                     weights = {name: s.weight for name, s in solutions.items()}
                     weights, trained = train(net, small, found.units, weights, finetune, progress)
+                    finetune = replace(finetune, checkpoint=None)  # it is of the first turn
                     for u in found.units:
                         w = u.view.matrix(net.get_parameter(u.name).detach().cpu())
                         solutions[u.name] = _finetuned(solutions[u.name], weights[u.name], w, stats.get(u.name))
@@ -242,7 +242,7 @@ def plan(
     At most one batch of the data is run, unless there is a target: then candidates are solved and scored for every
     weight, and no policy is measured. Raises what `compress` raises before its first expensive step.
     """
-    net, goal = _copy(model), goal_of(target)
+    net, goal = plain_copy(model), goal_of(target)
     recipe = recipe or Recipe(Obq(GridSpec(4)))
     found, methods = settle(net, recipe, goal, data is not None)
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
@@ -348,15 +348,6 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
             what = f"the target {goal.target} is {limit:,} bytes"
             raise InfeasibleError(f"{what}; the smallest reachable file has {size:,} bytes")
     return found, methods
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    if simulated(model):
-        raise UsageError("this network rounds inputs, as its file says; first call featherweight.simulate(model, {})")
-    try:
-        return copy.deepcopy(model).eval().requires_grad_(False)
-    except Exception as error:  # the user's module may raise anything
-        raise UsageError(f"the network cannot be copied ({type(error).__name__}: {error})") from error
 
 
 def _samples(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from featherweight.artifact import Artifact, write
 from featherweight.data import batches
 from featherweight.errors import FormatError, UsageError
 from featherweight.metrics import accuracy
@@ -55,3 +57,36 @@ def prove(
     if found["digest"] != digest:
         raise FormatError(f"{file} decodes differently in a fresh process ({found['digest']}, expected {digest})")
     return {"digest": digest, "metrics": found.get("metrics", {})}
+
+
+def check_output(output: Path, weights: Path | None) -> None:
+    """Refuse a place that cannot be written, or that holds what we read, before any work."""
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder {output.parent} does not exist")
+    if output.exists() and not output.is_file():
+        raise UsageError(f"{output} is not a file that can be replaced")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"the folder {output.parent} cannot be written")
+    if weights is not None and output.exists() and weights.exists() and output.samefile(weights):
+        raise UsageError(f"{output} is the file with the weights; choose another name for the output")
+
+
+def save_proved(
+    artifact: Artifact,
+    output: Path,
+    model: str,
+    weights: Path | None,
+    test: str | None,
+    metric: str | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Write the file under another name, prove it, and only then let it take the place of `output`. Returns what
+    `prove` does, and the file's bytes."""
+    unproved = output.with_name(f".{output.name}.unproved")
+    try:
+        size = write(artifact, unproved)
+        proof = prove(unproved, artifact.digest(), model, weights, test, metric, batch_size)
+        os.replace(unproved, output)
+    finally:
+        unproved.unlink(missing_ok=True)
+    return proof | {"bytes": size}

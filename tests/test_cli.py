@@ -201,7 +201,7 @@ def test_a_file_never_makes_the_program_import_what_it_names(small, run, tmp_pat
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(word in out for word in ("compress", "plan", "evaluate", "inspect", "demo"))
+    assert all(word in out for word in ("compress", "finetune", "plan", "evaluate", "inspect", "demo"))
 
 
 def test_output_over_the_weights_is_refused(tmp_path, run):

@@ -7,7 +7,7 @@ from torch import nn
 import featherweight as fw
 from featherweight.data import batches
 from featherweight.errors import UsageError
-from featherweight.finetune import Finetune, finetune
+from featherweight.finetune import Finetune, train
 from featherweight.layers import scan
 from featherweight.methods import Gptq, GridSpec, Obs, PruneQuantize, Rtn, Unstructured
 from featherweight.repair.distance import output_distance
@@ -38,7 +38,7 @@ def test_it_comes_closer_and_what_is_discrete_stays(make, method):
     units, solutions, small = solved(net, samples, method)
     before, dense = output_distance(net, small, samples), copy.deepcopy(net.state_dict())
     old = {n: s.weight for n, s in solutions.items()}
-    found, trained = finetune(net, small, units, old, Finetune(data, epochs=8, learning_rate=0.01, batch_size=16))
+    found, trained = train(net, small, units, old, Finetune(data, epochs=8, learning_rate=0.01, batch_size=16))
     assert output_distance(net, small, samples) < 0.8 * before
     assert trained.losses[-1] < trained.losses[0]
     assert all(torch.equal(t, dense[n]) for n, t in net.state_dict().items())
@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_bytes_and_labels_count():
     for seed, labels in ((0, 0.0), (0, 0.0), (1, 0.0), (0, 0.5)):
         units, solutions, small = solved(net, batches(data, 16), METHODS[0])
         how = Finetune(data, epochs=1, batch_size=8, seed=seed, labels=labels)
-        finetune(net, small, units, {n: s.weight for n, s in solutions.items()}, how)
+        train(net, small, units, {n: s.weight for n, s in solutions.items()}, how)
         results.append(small.fc.bias.clone())
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])

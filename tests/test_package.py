@@ -29,7 +29,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"metrics", "report", "userland"},
     {"picture", "proof"},
     {"pipeline"},
-    {"demo"},
+    {"demo", "options", "console"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -178,7 +178,8 @@ def test_neighbouring_channels_and_neighbouring_taps_are_two_ways_to_cut():
     ("rate", "weights", "expected"),
     [
         (2, 270_000, Vectors(4, (8,))),
-        (2, 3_000, Vectors(2, (4,))),
+        (2, 3_000, Vectors(1, (2,))),
+        (2, 10_000, Vectors(2, (4,))),
         (3, 270_000, Vectors(3, (9,))),
         (3, 5_000_000, Vectors(4, (12,))),
         (2.33, 270_000, Vectors(3, (7,))),

@@ -1,0 +1,183 @@
+"""Train what is continuous in a compressed network towards the dense one.
+
+Codes, masks and indices stay as they are; the stored numbers behind them (scales, kept fp16 values), and the biases,
+norm weights and other parameters that were not compressed are trained through the weights' own decoding. The loss is
+the distance to the dense network's outputs (distillation: Hinton et al., 1503.02531, at temperature 1), with labels the
+cross-entropy beside it. The network stays in eval mode: BatchNorm keeps its corrected statistics, so a few epochs on a
+little data cannot spoil them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from featherweight.artifact import StoredUnit
+from featherweight.calls import eager
+from featherweight.data import Batch, device_of
+from featherweight.errors import UsageError
+from featherweight.finetune import checkpoint
+from featherweight.finetune.checkpoint import Place
+from featherweight.finetune.order import epoch_of, kept
+from featherweight.finetune.ranks import Ranks
+from featherweight.finetune.settings import Finetune, Trained
+from featherweight.finetune.variables import Variables
+from featherweight.layers import Unit
+from featherweight.repair.distance import energy, is_classification, outputs
+from featherweight.weights import Weight
+
+WARM = 0.05  # of all steps: the rate rises, as Adam's first steps are of full size whatever the gradient
+OFTEN = 30.0  # seconds between checkpoints within an epoch, at least
+
+
+def train(
+    dense: nn.Module,
+    small: nn.Module,
+    units: Sequence[Unit | StoredUnit],
+    weights: Mapping[str, Weight],
+    how: Finetune,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> tuple[dict[str, Weight], Trained]:
+    """Train `small`, a copy of `dense` with `weights` (by their unit's first name) in place, in place; returns its new
+    weights, of the same size as the old ones. Where `torch.distributed` is initialised, every process must call this.
+
+    Raises:
+        UsageError: the data have no sample or no labels that are asked for, the loss is no number, or the checkpoint is
+            of something else.
+    """
+    ranks, device = Ranks.now(), device_of(small)
+    variables = Variables.of(small, units, weights)
+    steps = [v.step for v in variables.all()]
+    optimizer = torch.optim.Adam([{"params": [v.step], "pace": v.pace} for v in variables.all()], lr=how.learning_rate)
+    path = None if how.checkpoint is None else Path(how.checkpoint)
+    mark: dict[str, Any] = {}
+    place, saved, last = Place(), time.monotonic(), None
+    if path is not None:
+        mark = checkpoint.mark_of(how, ranks.count, _start(dense, weights, variables))
+        if data := ranks.from_first(checkpoint.content(path) if ranks.first else b"", device):
+            place = checkpoint.resume(data, path, mark, steps, optimizer)
+    for epoch in range(place.epoch, how.epochs):
+        found = epoch_of(how, epoch, ranks, place.batch)
+        place = replace(place, each=place.each or found.count)
+        total = how.epochs * place.each
+        for sent in found.batches:
+            for group in optimizer.param_groups:
+                group["lr"] = how.learning_rate * group["pace"] * _rate(place.steps, total)
+            batch = sent.to(device)
+            last = _takes_channels_last(dense, batch, how) if last is None else last
+            batch = _channels_last(batch) if last else batch
+            optimizer.zero_grad()
+            # cuDNN has no gradients of recurrent layers in eval mode
+            with eager(), torch.backends.cudnn.flags(enabled=False):
+                want, got = _both(dense, small, variables, batch, how)
+                loss = _loss(want, got, batch.target, how.labels)
+                loss.backward()
+            mean, samples = ranks.weighted(loss.detach(), batch.size, steps)
+            if not torch.isfinite(mean):
+                cause = f"the loss is {mean.item()} in epoch {epoch + 1}; lower the learning rate"
+                raise UsageError(f"finetuning: {cause}")
+            optimizer.step()
+            lost, seen = place.lost + float(mean) * samples, place.seen + samples
+            place = replace(place, batch=place.batch + 1, steps=place.steps + 1, lost=lost, seen=seen)
+            progress("finetune", place.steps, total)
+            if path is not None and ranks.first and time.monotonic() > saved + OFTEN:
+                checkpoint.save(path, mark, place, steps, optimizer)
+                saved = time.monotonic()
+        losses = (*place.losses, place.lost / max(place.seen, 1))
+        place = replace(place, epoch=epoch + 1, batch=0, lost=0.0, seen=0, losses=losses)
+        if path is not None and ranks.first:
+            checkpoint.save(path, mark, place, steps, optimizer)
+            saved = time.monotonic()
+    return variables.finish(small), Trained(place.losses)
+
+
+@torch.no_grad()
+def rehearse(net: nn.Module, how: Finetune) -> Finetune:
+    """One batch through the network and the loss, so that data that do not fit are refused before the first expensive
+    step. Returns the settings, with data that can be read only once in memory.
+
+    Raises:
+        UsageError: they do not fit, or the checkpoint is no checkpoint.
+    """
+    how = kept(how)
+    if how.checkpoint is not None:
+        checkpoint.content(Path(how.checkpoint))
+    batch = next(epoch_of(how, 0, Ranks.now()).batches).to(device_of(net))
+    with _precision(net, how):
+        want = _floats(batch.run(net))
+    if not want:
+        raise UsageError("the network's output holds no tensor of real numbers: nothing to finetune towards")
+    _loss(want, want, batch.target, how.labels)
+    return how
+
+
+def _both(
+    dense: nn.Module, small: nn.Module, variables: Variables, batch: Batch, how: Finetune
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of the dense network, and those of the small one as it is now."""
+    with torch.no_grad(), _precision(dense, how):
+        want = _floats(batch.run(dense))
+    state = variables.state(small)
+    with _precision(small, how):
+        return want, _floats(functional_call(small, state, batch.args, batch.kwargs))
+
+
+def _precision(net: nn.Module, how: Finetune) -> AbstractContextManager[Any]:
+    return torch.autocast(device_of(net).type, torch.bfloat16, enabled=how.precision == "bf16")
+
+
+def _floats(value: Any) -> list[Tensor]:
+    """A network's outputs, at least float32."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in outputs(value)]
+
+
+@torch.no_grad()
+def _takes_channels_last(net: nn.Module, batch: Batch, how: Finetune) -> bool:
+    """Whether the network runs on images in that memory order; a `view` in it may refuse."""
+    try:
+        with _precision(net, how):
+            _channels_last(batch).run(net)
+    except UsageError:
+        return False
+    return True
+
+
+def _channels_last(batch: Batch) -> Batch:
+    """With the channels of images last in memory, as convolutions like them."""
+
+    def last(value: Any) -> Any:
+        image = isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+        return value.contiguous(memory_format=torch.channels_last) if image else value
+
+    return Batch(tuple(map(last, batch.args)), {k: last(v) for k, v in batch.kwargs.items()}, batch.target)
+
+
+def _rate(step: int, total: int) -> float:
+    """Share of the learning rate: up in a line, down as a cosine; the first step is never 0."""
+    rise = min((step + 1) / max(WARM * total, 1.0), 1.0)
+    return rise * (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
+
+
+def _start(dense: nn.Module, weights: Mapping[str, Weight], variables: Variables) -> dict[str, Tensor]:
+    """All that is given, by name."""
+    found = {f"dense.{n}": t for n, t in dense.state_dict().items() if isinstance(t, Tensor)}
+    found |= {f"weight.{n}.{field}": t for n, w in weights.items() for field, t in w.tensors().items()}
+    return found | {f"variable.{i}": v.start for i, v in enumerate(variables.all())}
+
+
+def _loss(want: list[Tensor], got: list[Tensor], target: Any, labels: float) -> Tensor:
+    if is_classification(want, target):
+        distance = F.kl_div(got[0].log_softmax(1), want[0].log_softmax(1), reduction="batchmean", log_target=True)
+        return distance if labels == 0 else (1 - labels) * distance + labels * F.cross_entropy(got[0], target)
+    if labels > 0:
+        raise UsageError("finetuning with labels needs one class label a sample and one score a class")
+    lost = torch.stack([(g - w).square().sum() for g, w in zip(got, want, strict=True)]).sum()
+    return lost / max(energy(want, target), 1e-30)

@@ -1,0 +1,86 @@
+"""The batches of an epoch: every rank its share, the same ones in a run that was stopped and goes on."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from featherweight.data import Batch, batches
+from featherweight.errors import UsageError
+from featherweight.finetune.ranks import Ranks
+from featherweight.finetune.settings import Finetune
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The batches of this rank, as an iterator that may be read once, and how many there are; where it is to start
+    later, those before are counted but not given."""
+
+    count: int
+    batches: Iterator[Batch]
+
+
+def kept(how: Finetune) -> Finetune:
+    """With data that can be read only once in memory."""
+    once = isinstance(how.data, Iterator)
+    return replace(how, data=batches(how.data, how.batch_size)) if once else how
+
+
+def epoch_of(how: Finetune, epoch: int, ranks: Ranks, start: int = 0) -> Epoch:
+    """Of a Dataset every rank takes its samples of every batch, of anything else its batches. What cannot be shared out
+    evenly at the end, fewer samples or batches than ranks, is left out.
+
+    Raises:
+        UsageError: there is no sample, or none for some rank.
+    """
+    found = _shuffled(how, epoch, ranks, start) if _is_map(how.data) else _as_it_is(how, epoch, ranks, start)
+    if found.count == 0:
+        what = "the data hold no sample" if ranks.count == 1 else f"the data are too few for {ranks.count} processes"
+        raise UsageError(f"finetuning: {what}")
+    return found
+
+
+def _is_map(data: Any) -> bool:
+    return isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+
+
+def _shuffled(how: Finetune, epoch: int, ranks: Ranks, start: int) -> Epoch:
+    size = len(how.data)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(_seed(how, epoch))).tolist()
+    whole = how.batch_size * ranks.count
+    parts = [order[i : i + whole][ranks.own :: ranks.count] for i in range(0, size, whole) if size - i >= ranks.count]
+    loader = DataLoader(how.data, batch_sampler=parts[start:])
+    numbers = range(start * ranks.count + ranks.own, len(parts) * ranks.count, ranks.count)
+    return Epoch(len(parts), (item for _, item in _read(how, epoch, loader, numbers)))
+
+
+def _as_it_is(how: Finetune, epoch: int, ranks: Ranks, start: int) -> Epoch:
+    source: Any = how.data
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        source = batches(source, how.batch_size)
+    count = len(source) // ranks.count
+    every = _read(how, epoch, source, range(count * ranks.count))
+    own = (item for i, item in every if i % ranks.count == ranks.own and i // ranks.count >= start)
+    return Epoch(count, own)
+
+
+def _read(how: Finetune, epoch: int, source: Iterable[Any], numbers: Iterable[int]) -> Iterator[tuple[int, Batch]]:
+    """Numbered batches. Each is read with torch's random numbers set to its own, whatever was read before, so that
+    augmentation is the same in a run that goes on; the caller's random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_seed(how, epoch))
+        items = iter(source)
+    for number in numbers:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_seed(how, epoch, number + 1))
+            item = next(items, None)
+        if item is None:
+            raise UsageError("finetuning: the data hold fewer batches than their length says")
+        yield number, batches([item])[0]
+
+
+def _seed(how: Finetune, epoch: int, number: int = 0) -> int:
+    return ((how.seed * 1_000_003 + epoch) * 1_000_003 + number) % 2**63

@@ -1,0 +1,42 @@
+"""What the user says about finetuning, and what comes of it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, final, get_args
+
+from featherweight.errors import require
+
+Precision: TypeAlias = Literal["fp32", "bf16"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Finetune:
+    """data: training inputs, as `compress` takes them; a Dataset is shuffled every epoch, anything else read again.
+    learning_rate: of Adam, relative to the root mean square of every tensor, falling to zero as a cosine. labels: share
+    of the loss that is cross-entropy with the data's labels. precision: what both networks run in; the loss and what is
+    trained are at least float32. checkpoint: a file that keeps the state, so that a killed run goes on."""
+
+    data: Any
+    epochs: int = 5
+    learning_rate: float = 1e-3
+    batch_size: int = 128
+    labels: float = 0.0
+    seed: int = 0
+    precision: Precision = "fp32"
+    checkpoint: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        require(type(self.epochs) is int and self.epochs > 0, "epochs must be a whole number above 0", self.epochs)
+        require(0 < self.learning_rate < math.inf, "the learning rate must be above 0", self.learning_rate)
+        require(0 <= self.labels <= 1, "labels must be a share, 0 to 1", self.labels)
+        require(self.precision in get_args(Precision), "the precision must be fp32 or bf16", self.precision)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Mean loss of every epoch, first to last."""
+
+    losses: tuple[float, ...]

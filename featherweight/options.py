@@ -1,0 +1,62 @@
+"""The options that commands share: names, types and what `--help` says of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featherweight.errors import UsageError
+
+ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
+DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
+Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
+Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, magnitude, obs or admm, for all weights")]
+Bits = Annotated[int | None, typer.Option(help="1 to 8")]
+Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
+Pattern = Annotated[str | None, typer.Option(help="what is removed together: 2:4 (any N:M), blocks:4, rows, channels")]
+Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option("--symmetric/--asymmetric", help="without or with zero points (default: with, below 8 bits)"),
+]
+Activations = Annotated[int | None, typer.Option(help="round the inputs of compressed weights, too: 2 to 8 bits")]
+Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
+TargetMacs = Annotated[str | None, typer.Option(help="multiplications of a sample: 0.5x of the dense ones, 50% or 20M")]
+TargetBops = Annotated[str | None, typer.Option(help="the same, each times the bits of both factors (32 for floats)")]
+TargetLatency = Annotated[
+    str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")
+]
+AmongKinds = Annotated[
+    str, typer.Option("--among", help="what a target chooses from: quantize, prune, both, additive or all")
+]
+ScoreKind = Annotated[
+    str, typer.Option("--score", help="what a target's scores are made of: outputs, labels (second order), or measured")
+]
+Tied = Annotated[
+    list[str] | None, typer.Option("--tie", help="weights that match this pattern get one choice (repeatable)")
+]
+Measurements = Annotated[int | None, typer.Option(help="policies that a target measures, at most", min=1)]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file with settings and overrides")]
+Include = Annotated[list[str] | None, typer.Option(help="only weights that match this pattern (repeatable)")]
+Exclude = Annotated[list[str] | None, typer.Option(help="leave matching weights alone (repeatable)")]
+Sequential = Annotated[
+    bool | None,
+    typer.Option("--sequential/--independent", help="layers see the compressed, or the dense network's inputs"),
+]
+NoRepair = Annotated[bool, typer.Option("--no-repair", help="leave BatchNorm statistics and biases as they are")]
+BatchSize = Annotated[int, typer.Option(min=1, help="samples a batch, where the data are not batched")]
+MetricSpec = Annotated[str | None, typer.Option("--metric", help="callable metric(model, data): a number or a dict")]
+TestSpec = Annotated[str | None, typer.Option("--test", help="test data: accuracy is printed before and after")]
+PrecisionKind = Annotated[
+    str | None, typer.Option("--precision", help="what finetuning computes in: fp32 or bf16 (default: fp32)")
+]
+DatabaseFolder = Annotated[
+    Path | None, typer.Option("--database", help="folder that keeps solved weights, so that no run solves one twice")
+]
+Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
+
+
+def check_metric(metric: str | None, test: str | None) -> None:
+    """Refuse a metric without the data that it measures on."""
+    if metric and not test:
+        raise UsageError("--metric needs the data to measure on: --test file.py:function")
