@@ -60,6 +60,10 @@ def compress_command(
     pattern: opt.Pattern = None,
     group: opt.Group = None,
     symmetric: opt.Symmetric = None,
+    share: opt.Share = None,
+    vector: opt.Vector = None,
+    books: opt.Books = None,
+    quantizer: opt.Quantizer = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
@@ -93,11 +97,22 @@ def compress_command(
     check_output(output, weights)
     if database is not None:
         Database.at(database)
-    settings = method, bits, sparsity, pattern, group, symmetric
+    settings = _settings(
+        method=method,
+        bits=bits,
+        sparsity=sparsity,
+        pattern=pattern,
+        group=group,
+        symmetric=symmetric,
+        share=share,
+        vector=vector,
+        books=books,
+        quantizer=quantizer,
+    )
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, measurements, front)
     if front is not None:
         check_front(front, output)
-    chosen = _recipe(*settings, goal, recipe, include, exclude, no_repair, activations, sequential)
+    chosen = _recipe(settings, goal, recipe, include, exclude, no_repair, activations, sequential)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     # whatever the user's code prints is not our output
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
@@ -146,6 +161,10 @@ def plan_command(
     pattern: opt.Pattern = None,
     group: opt.Group = None,
     symmetric: opt.Symmetric = None,
+    share: opt.Share = None,
+    vector: opt.Vector = None,
+    books: opt.Books = None,
+    quantizer: opt.Quantizer = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
@@ -162,9 +181,20 @@ def plan_command(
     as_json: opt.Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
-    settings = method, bits, sparsity, pattern, group, symmetric
+    settings = _settings(
+        method=method,
+        bits=bits,
+        sparsity=sparsity,
+        pattern=pattern,
+        group=group,
+        symmetric=symmetric,
+        share=share,
+        vector=vector,
+        books=books,
+        quantizer=quantizer,
+    )
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)
-    chosen = _recipe(*settings, goal, recipe, include, exclude, False, activations, None)
+    chosen = _recipe(settings, goal, recipe, include, exclude, False, activations, None)
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
         calibration = call(data) if data else None
@@ -335,13 +365,16 @@ def _finetune(
     return Finetune(data, epochs, batch_size=batch_size, precision=precision or "fp32")  # pyright: ignore - it checks
 
 
+def _settings(**given: Any) -> dict[str, Any]:
+    """Those of `method_of` that were given; a whole number of bits as one."""
+    found = {k: v for k, v in given.items() if v is not None}
+    if "bits" in found and float(found["bits"]).is_integer():
+        found["bits"] = int(found["bits"])
+    return found
+
+
 def _recipe(
-    method: str | None,
-    bits: int | None,
-    sparsity: float | None,
-    pattern: str | None,
-    group: int | None,
-    symmetric: bool | None,
+    settings: dict[str, Any],
     goal: Goal | None,
     file: Path | None,
     include: list[str] | None,
@@ -351,9 +384,6 @@ def _recipe(
     sequential: bool | None,
 ) -> Recipe:
     """The recipe that the options name, on top of a recipe file where one is given."""
-    settings: dict[str, Any] = {"method": method, "bits": bits, "sparsity": sparsity, "pattern": pattern}
-    settings |= {"group": group, "symmetric": symmetric}
-    settings = {k: v for k, v in settings.items() if v is not None}
     if settings and goal is not None:
         raise UsageError(f"--target chooses the settings itself; leave out {', '.join(f'--{k}' for k in settings)}")
     if settings and file is not None:

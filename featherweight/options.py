@@ -10,8 +10,14 @@ from featherweight.errors import UsageError
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
-Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, magnitude, obs or admm, for all weights")]
-Bits = Annotated[int | None, typer.Option(help="1 to 8")]
+Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, additive, magnitude, obs or admm, for all weights")]
+Bits = Annotated[float | None, typer.Option(help="1 to 8; of additive codes bits a weight, such as 2 or 2.33")]
+Share = Annotated[str | None, typer.Option(help="who shares books of additive codes: network, stage or layer")]
+Vector = Annotated[
+    int | None, typer.Option(help="weights in a vector of additive codes (default: what suits the size)")
+]
+Books = Annotated[int | None, typer.Option(help="words that are added up for a vector (default: 1)", min=1)]
+Quantizer = Annotated[str | None, typer.Option(help="of what a pruner leaves: gptq, obq or additive")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
 Pattern = Annotated[str | None, typer.Option(help="what is removed together: 2:4 (any N:M), blocks:4, rows, channels")]
 Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]

@@ -37,7 +37,7 @@ from featherweight.sharing import fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, baselines, target_bytes
-from featherweight.weights import Weight
+from featherweight.weights import Weight, united
 
 TURNS = 6  # times that chosen methods are solved, where the result misses its target
 RATE = 4e9  # multiply-adds a second that the time estimate assumes
@@ -190,7 +190,7 @@ def compress(
                 continue
             if finetune is not None:
                 with _timed(seconds, "finetune"):
-                    weights = {name: s.weight for name, s in solutions.items()}
+                    weights = united({name: s.weight for name, s in solutions.items()})
                     weights, trained = train(net, small, found.units, weights, finetune, progress)
                     finetune = replace(finetune, checkpoint=None)  # it is of the first turn
                     for u in found.units:

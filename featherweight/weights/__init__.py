@@ -1,5 +1,8 @@
 """How a weight matrix is stored."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from torch import Tensor
 
 from featherweight.weights.base import Weight as Weight
@@ -15,3 +18,22 @@ def books_of(weight: Weight) -> tuple[Tensor, ...]:
     """The tensors of a weight that other weights may share, which `tensors()` leaves out."""
     inner = weight.values if isinstance(weight, Sparse) else weight
     return inner.books if isinstance(inner, Codebook) else ()
+
+
+def united(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The same weights, books of equal contents being the same tensors."""
+    known: dict[tuple[object, ...], Tensor] = {}
+
+    def same(inner: Codebook) -> Codebook:
+        keys = [(tuple(b.shape), b.dtype, b.contiguous().numpy().tobytes()) for b in inner.books]
+        return replace(inner, books=tuple(known.setdefault(k, b) for k, b in zip(keys, inner.books, strict=True)))
+
+    def put(weight: Weight) -> Weight:
+        match weight:
+            case Codebook():
+                return same(weight)
+            case Sparse(values=Codebook() as inner):
+                return replace(weight, values=same(inner))
+        return weight
+
+    return {name: put(weight) for name, weight in weights.items()}

@@ -70,7 +70,7 @@ class Codebook:
         for book in self.books:
             words = book.shape[0]
             require(book.ndim == 2 and book.shape[1] == self.d, "books must be (words, d)", tuple(book.shape))
-            require(book.dtype == torch.float16, "books must be float16", book.dtype)
+            require(book.dtype in FLOATS.values(), "books must be float16 or float32", book.dtype)
             require(words == 2 ** (words.bit_length() - 1) and 2 <= words <= 2**MOST_BITS, "words must be 2**n", words)
         require(self.cols % self.taps == 0, f"taps must divide {self.cols} columns", self.taps)
         require(self.codes.dtype == torch.int16, "codes must be int16", self.codes.dtype)

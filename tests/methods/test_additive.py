@@ -38,13 +38,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "cols", "d", "sizes", "blocks"), CASES)
+@pytest.mark.parametrize(("rows", "cols", "d", "sizes", "blocks"), [c for c in CASES if len(c.values[3]) == 1])
 def test_feedback_is_solving_the_rest_after_each_vector(rows, cols, d, sizes, blocks):
     books = words(sizes, d)
     layer, scale = layer_of(rows, cols, d, blocks), torch.linspace(0.05, 0.2, rows, dtype=torch.float64)
-    codes = first_codes(layer, scale, books, 1 if len(sizes) == 1 else 64)
-    if len(sizes) > 1:  # wide enough to try every sum, but wide beginnings are not the oracle's
-        pytest.skip("covered by the exhaustive search")
+    codes = first_codes(layer, scale, books, 1)
     for r, row in enumerate(each_row(layer, scale, books)):
         assert codes[r].tolist() == [list(c) for c in oracle.feedback_row(*row)]
 
