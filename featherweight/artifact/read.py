@@ -17,7 +17,8 @@ from featherweight.activations import ActivationGrid, is_scale
 from featherweight.artifact.schema import BLANK, KEY, MARK, STREAMS, VERSIONS, Artifact, FoldedNorm, StoredUnit
 from featherweight.errors import FormatError
 from featherweight.layers import View
-from featherweight.weights import KINDS, Codebook, books_of
+from featherweight.weights import KINDS, Codebook, Sparse, books_of
+from featherweight.weights.codebook import LONGEST, MOST_BITS, MOST_BOOKS
 from featherweight.weights.masks import BoxMap
 
 _KINDS = {kind.kind: kind for kind in KINDS}
@@ -58,8 +59,7 @@ def _artifact(data: bytes) -> Artifact:
     streams = _streams(data)
     methods = [_text(m, "methods") for m in _list(contents["methods"], "methods")]
     version = contents["format"]
-    shapes = enumerate(_list(contents.get("books", []), "books"))
-    books = [_book(shape, i, streams) for i, shape in shapes]
+    books = [_book(shape, i, streams) for i, shape in enumerate(_list(contents.get("books", []), "books"))]
     entries = enumerate(_list(contents["units"], "units"))
     claims = _Claims(max(_FREE, _DENSEST * len(data)))
     units = [_unit(entry, i, methods, streams, version, claims, books) for i, entry in entries]
@@ -213,13 +213,14 @@ def _unit(
     if not isinstance(meta, dict) or not isinstance(meta.get("kind"), str) or meta["kind"] not in _KINDS:
         raise FormatError(f"{where}: unknown kind of weight; expected one of {sorted(_KINDS)}")
     kind = _KINDS[meta["kind"]]
-    numbers = _numbers(meta, books, where)
-    fields = {k: v for k, v in meta.items() if k not in ("kind", "books")} | _cut([books[n] for n in numbers], where)
+    own = [books[n] for n in _numbers(meta, len(books), version, where)]
+    fields = {k: v for k, v in meta.items() if k not in ("kind", "books")}
+    fields |= _cut(own, fields, where)
     try:
         layout = kind.layout(view.matrix_shape, fields)
         pieces = {f: _piece(streams, dtype, n, f"{where}.{f}") for f, (dtype, n) in layout.items()}
-        claims.take(view.matrix_shape[0] * view.matrix_shape[1], where)
-        pieces |= {f"book{m}": books[n] for m, n in enumerate(numbers)}
+        claims.take(view.matrix_shape[0] * view.matrix_shape[1] * max(len(own), 1), where)
+        pieces |= {f"book{m}": book for m, book in enumerate(own)}
         weight = kind.load(view.matrix_shape, fields, pieces)
     except FormatError as wrong:
         raise FormatError(f"{names[0]}: {wrong}") from None
@@ -228,33 +229,46 @@ def _unit(
     return StoredUnit(names, view, weight, methods[method], error, note, rounded)
 
 
-def _numbers(meta: dict[str, Any], books: list[Tensor], where: str) -> list[int]:
-    """Which books a weight is made of; in versions before 4 there are none."""
-    if Codebook.kind not in (meta["kind"], meta.get("values")):
+def _numbers(meta: dict[str, Any], count: int, version: int, where: str) -> list[int]:
+    """Which of the `count` books a weight is made of; none where its kind has no books."""
+    if Codebook.kind not in (meta["kind"], meta.get("values") if meta["kind"] == Sparse.kind else None):
         if "books" in meta:
-            raise FormatError(f"{where}: a weight of kind '{meta['kind']}' has no books")
+            raise FormatError(f"{where}: this weight of kind '{meta['kind']}' has no books")
         return []
+    if version < 4:
+        raise FormatError(f"{where}: version {version} has no weights made of books")
     numbers = _list(meta.get("books"), f"{where}.books")
-    if not numbers or not all(_is_count(n) and n < len(books) for n in numbers):
-        raise FormatError(f"{where}: books must be numbers below {len(books)}, got {numbers!r}")
+    if not 1 <= len(numbers) <= MOST_BOOKS:
+        raise FormatError(f"{where}: a weight is made of 1 to {MOST_BOOKS} books, got {len(numbers)}")
+    if not all(_is_count(n) and n < count for n in numbers):
+        raise FormatError(f"{where}: books must be numbers of the file's {count} books, got {numbers!r}")
     return numbers
 
 
-def _cut(books: list[Tensor], where: str) -> dict[str, Any]:
+def _cut(books: list[Tensor], fields: dict[str, Any], where: str) -> dict[str, Any]:
     """How long vectors and how wide codes are, as the books say."""
     if not books:
         return {}
-    if len({b.shape[1] for b in books}) > 1:
-        raise FormatError(f"{where}: its books have words of different lengths")
-    return {"d": books[0].shape[1], "bits": [len(b).bit_length() - 1 for b in books]}
+    cut = {"d": books[0].shape[1], "bits": [len(b).bit_length() - 1 for b in books]}
+    if said := sorted(cut.keys() & fields):
+        raise FormatError(f"{where}: unknown metadata fields {said}; the books say what they would")
+    if lengths := sorted({b.shape[1] for b in books} - {cut["d"]}):
+        raise FormatError(f"{where}: its books have words of different lengths, {cut['d']} and {lengths[0]}")
+    return cut
 
 
 def _book(shape: Any, i: int, streams: dict[str, _Stream]) -> Tensor:
     where = f"books[{i}]"
-    words, d = _shape(shape, where) if isinstance(shape, list) and len(shape) == 2 else (0, 0)
-    if not words:
+    if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_count, shape)):
         raise FormatError(f"{where} must be [words, d], got {shape!r}")
-    return streams["f16"].take(words * d, where).reshape(words, d)
+    words, d = shape
+    if words not in [2**n for n in range(1, MOST_BITS + 1)] or not 1 <= d <= LONGEST:
+        most = f"a power of two from 2 to {2**MOST_BITS} and words of 1 to {LONGEST} entries"
+        raise FormatError(f"{where} must have {most}, got {shape}")
+    book = streams["f16"].take(words * d, where).reshape(words, d)
+    if not torch.isfinite(book).all():
+        raise FormatError(f"{where} holds NaN or infinite values")
+    return book
 
 
 def _input(entry: Any, where: str) -> ActivationGrid:

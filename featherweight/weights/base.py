@@ -39,7 +39,7 @@ class Weight(Protocol):
         ...
 
     def trainable(self) -> tuple[str, ...]:
-        """Names of the continuous tensors among `tensors()`."""
+        """Names of the continuous tensors: those among `tensors()`, and books, which several weights may share."""
         ...
 
     @classmethod

@@ -68,15 +68,26 @@ class Codebook:
     def __post_init__(self) -> None:
         require(1 <= len(self.books) <= MOST_BOOKS, f"there must be 1 to {MOST_BOOKS} books", len(self.books))
         for book in self.books:
-            words = book.shape[0]
-            require(book.ndim == 2 and book.shape[1] == self.d, "books must be (words, d)", tuple(book.shape))
+            same = book.ndim == 2 and book.shape[1] == self.books[0].shape[-1]
+            require(same, "books must be (words, d), of one d", tuple(book.shape))
             require(book.dtype in FLOATS.values(), "books must be float16 or float32", book.dtype)
-            require(words == 2 ** (words.bit_length() - 1) and 2 <= words <= 2**MOST_BITS, "words must be 2**n", words)
-        require(self.cols % self.taps == 0, f"taps must divide {self.cols} columns", self.taps)
-        require(self.codes.dtype == torch.int16, "codes must be int16", self.codes.dtype)
-        expected = (self.scale.shape[0], self._vectors(), len(self.books))
-        require(tuple(self.codes.shape) == expected, f"codes must have shape {expected}", tuple(self.codes.shape))
+            words = book.shape[0]
+            fits = words in [2**n for n in range(1, MOST_BITS + 1)]
+            require(fits, f"words must be a power of two from 2 to {2**MOST_BITS}", words)
+        require(1 <= self.d <= LONGEST, f"d must be 1 to {LONGEST}", self.d)
+        require(self.taps >= 1 and self.cols % self.taps == 0, f"taps must divide {self.cols} columns", self.taps)
         require(self.scale.dtype in FLOATS.values(), "scales must be float16 or float32", self.scale.dtype)
+        column = self.scale.ndim == 2 and self.scale.shape[1] == 1
+        require(column, "scales must have shape (rows, 1)", tuple(self.scale.shape))
+        if self.keep is not None:
+            fits = self.keep.dtype == torch.bool and tuple(self.keep.shape) == self.shape
+            require(fits, f"keep must be bool {self.shape}", (self.keep.dtype, tuple(self.keep.shape)))
+        require(self.codes.dtype == torch.int16, "codes must be int16", self.codes.dtype)
+        expected = (self.shape[0], self._vectors(), len(self.books))
+        require(tuple(self.codes.shape) == expected, f"codes must have shape {expected}", tuple(self.codes.shape))
+        for m, book in enumerate(self.books):
+            least, most = (int(x) for x in self.codes[:, :, m].aminmax())
+            require(least >= 0 and most < len(book), f"codes of book {m} must be 0 to {len(book) - 1}", (least, most))
 
     def _vectors(self) -> int:
         if self.keep is None:
@@ -94,14 +105,18 @@ class Codebook:
 
     def dense(self) -> Tensor:
         codes = self.codes.long()
-        parts = [torch.nn.functional.embedding(codes[:, :, m], b.float()) for m, b in enumerate(self.books)]
-        entries = self.scale.float() * sum(parts[1:], parts[0]).flatten(1)
+        parts = (torch.nn.functional.embedding(codes[:, :, m], b.float()) for m, b in enumerate(self.books))
+        total = next(parts)
+        for part in parts:  # in this order: float32 sums are rounded
+            total = total + part
+        entries = self.scale.float() * total.flatten(1)
+        order = entry_order(self.cols, self.taps).to(entries.device)
         if self.keep is None:
-            back = entry_order(self.cols, self.taps).argsort()
-            return entries[:, : self.cols][:, back.to(entries.device)]
-        place = places(self.keep, self.d, self.taps).to(entries.device)
-        out = entries.new_zeros(self.shape[0], self.cols + 1)  # the last column takes what has no place
-        return out.scatter(1, torch.where(place < 0, self.cols, place), entries)[:, : self.cols]
+            return entries[:, : self.cols][:, order.argsort()]
+        stored = self.keep.to(entries.device)[:, order]
+        first = torch.arange(entries.shape[1], device=entries.device) < stored.sum(dim=1, keepdim=True)
+        out = entries.new_zeros(self.shape).masked_scatter(stored, entries[first])
+        return out[:, order.argsort()]
 
     def bits(self) -> int:
         return payload_bits(self.tensors())

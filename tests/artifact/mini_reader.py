@@ -43,7 +43,7 @@ def parse(data: bytes):
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     contents = json.loads(header["__metadata__"]["featherweight"])
-    assert contents["format"] in (1, 2, 3)
+    assert contents["format"] in (1, 2, 3, 4)
     mark = b'\\"checksum\\":\\"'
     assert data.count(mark + contents["checksum"].encode()) == 1
     blank = data.replace(mark + contents["checksum"].encode(), mark + b"0" * 32)
@@ -62,6 +62,7 @@ def parse(data: bytes):
         assert len(values) == count
         return values
 
+    books = [widened("f16", take("f16", words * d)).reshape(words, d) for words, d in contents.get("books", [])]
     tensors, grids = {}, {}
     for entry in contents["units"]:
         shape, groups = entry["shape"], entry.get("transposed_groups", 0)
@@ -69,7 +70,7 @@ def parse(data: bytes):
         if groups:
             inputs, outputs, taps = shape[0] // groups, shape[1], prod(shape[2:])
             rows, cols = groups * outputs, inputs * taps
-        tensor = matrix(take, rows, cols, entry["weight"])
+        tensor = matrix(take, rows, cols, entry["weight"], books)
         if groups:
             tensor = tensor.reshape(groups, outputs, inputs, taps).swapaxes(1, 2)
         for name in entry["names"]:
@@ -88,7 +89,7 @@ def parse(data: bytes):
     return tensors, {n: (bits, np.float32(scale), zero) for n, (bits, scale, zero) in grids.items()}
 
 
-def matrix(take, rows, cols, meta):
+def matrix(take, rows, cols, meta, books):
     mask = np.ones(rows * cols, bool)
     if meta["kind"] == "sparse":
         mask = kept(take, rows, cols, meta.get("mask", {"kind": "entries"})).reshape(-1)
@@ -96,6 +97,8 @@ def matrix(take, rows, cols, meta):
     values = np.zeros(rows * cols, np.float32)
     if meta.get("values", meta["kind"]) == "dense":
         values[mask] = widened(meta["type"], take(meta["type"], mask.sum()))
+    elif meta.get("values", meta["kind"]) == "codebook":
+        return vectors(take, mask.reshape(rows, cols), meta, [books[i] for i in meta["books"]])
     else:
         bits, group = meta["bits"], meta["group"]
         per_row = ceil(cols / group) if group else 0
@@ -109,6 +112,27 @@ def matrix(take, rows, cols, meta):
         with np.errstate(over="ignore"):
             values[mask] = scale[own] * (codes - zero[own]).astype(np.float32)
     return values.reshape(rows, cols)
+
+
+def vectors(take, mask, meta, books):
+    rows, cols = mask.shape
+    d, taps = books[0].shape[1], meta.get("taps", 1)
+    needed = [ceil(n / d) for n in mask.sum(axis=1)]
+    assert sum(needed) == meta.get("vectors", sum(needed))
+    codes = [integers(take, sum(needed), (len(book) - 1).bit_length()) for book in books]
+    scale = widened(meta["type"], take(meta["type"], rows))
+    total = books[0][codes[0]]
+    for book, own in zip(books[1:], codes[1:], strict=True):
+        total = total + book[own]
+    values, first = np.zeros((rows, cols), np.float32), 0
+    order = np.arange(cols).reshape(cols // taps, taps).T.reshape(-1)
+    for row in range(rows):
+        places = order[mask[row, order]]
+        entries = total[first : first + needed[row]].reshape(-1)[: len(places)]
+        with np.errstate(over="ignore"):
+            values[row, places] = scale[row] * entries
+        first += needed[row]
+    return values
 
 
 def kept(take, rows, cols, form):

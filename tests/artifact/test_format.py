@@ -26,14 +26,16 @@ from featherweight.errors import UsageError
 from featherweight.layers import View
 from featherweight.methods import NM, Blocks, Channels, Rows
 from featherweight.methods.patterns import keep_largest
-from featherweight.weights import Dense, Grid, Sparse
-from featherweight.weights.masks import BlockMap, BoxMap, ChannelMap, NofM, RowMap
+from featherweight.weights import Codebook, Dense, Grid, Sparse, books_of
+from featherweight.weights.codebook import vector_counts
+from featherweight.weights.masks import Bitmap, BlockMap, BoxMap, ChannelMap, NofM, RowMap
 from tests.artifact import mini_reader
 from tests.artifact.handmade import take_apart
-from tests.golden import make_v2
+from tests.golden import make_v2, make_v3, make_v4
 from tests.golden.make_v1 import artifacts
 
-CASES = artifacts() | make_v2.artifacts() | {"nothing": Artifact((), {}, ())}
+CASES = artifacts() | make_v2.artifacts() | {"boxes": make_v3.artifact(), "books": make_v4.artifact()}
+CASES |= {"nothing": Artifact((), {}, ())}
 every = pytest.mark.parametrize("artifact", CASES.values(), ids=CASES)
 SMALL = CASES["norms"]
 ROOT = Path(__file__).parents[2]
@@ -73,8 +75,17 @@ def weights(draw):
     exact = lambda shape: torch.tensor(  # noqa: E731
         draw(st.lists(floats, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])), dtype=dtype
     ).reshape(shape)
-    if draw(st.booleans()):
+    stored, keep, form = draw(st.sampled_from(["all", "pattern", "any"])), None, Bitmap()
+    if stored == "pattern":
+        keep, form = draw(patterned(rows, cols))
+    elif stored == "any":
+        keep = draw(st.lists(st.booleans(), min_size=rows * cols, max_size=rows * cols))
+        keep = torch.tensor(keep).reshape(rows, cols)
+    kind = draw(st.sampled_from(["dense", "grid", "codebook"]))
+    if kind == "dense":
         values = Dense(exact((rows, cols)))
+    elif kind == "codebook":
+        values = draw(vectors(rows, cols, exact((rows, 1)), keep))
     else:
         bits, group = draw(st.integers(1, 8)), draw(st.integers(0, cols))
         scales = (1, 1) if group == 0 else (rows, -(-cols // group))
@@ -82,17 +93,23 @@ def weights(draw):
             [draw(st.integers(0, 2**bits - 1)) for _ in range(shape[0] * shape[1])], dtype=torch.uint8
         ).reshape(shape)
         values = Grid(digits((rows, cols)), exact(scales), digits(scales) if draw(st.booleans()) else None, bits, group)
-    if draw(st.booleans()):
-        return Sparse(*draw(patterned(rows, cols, values)))
-    if draw(st.booleans()):
-        keep = draw(st.lists(st.booleans(), min_size=rows * cols, max_size=rows * cols))
-        return Sparse(torch.tensor(keep).reshape(rows, cols), values)
-    return values
+    return values if keep is None else Sparse(keep, values, form)
 
 
 @st.composite
-def patterned(draw, rows, cols, values):
-    """A mask of a pattern: its form, and what it keeps."""
+def vectors(draw, rows, cols, scale, keep):
+    taps = draw(st.sampled_from([t for t in range(1, cols + 1) if cols % t == 0]))
+    d, words = draw(st.integers(1, 12)), draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    count = -(-cols // d) if keep is None else max(int(vector_counts(keep, d).max()), 1)
+    make = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    books = tuple((torch.randn(2**n, d, generator=make) * 99).half() for n in words)
+    codes = [torch.randint(2**n, (rows, count), generator=make) for n in words]
+    return Codebook(torch.stack(codes, dim=2).to(torch.int16), books, scale, cols, taps, keep)
+
+
+@st.composite
+def patterned(draw, rows, cols):
+    """A mask of a pattern: what it keeps, and its form."""
     taps = draw(st.sampled_from([t for t in range(1, cols + 1) if cols % t == 0]))
     form = draw(
         st.one_of(
@@ -108,7 +125,7 @@ def patterned(draw, rows, cols, values):
             torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in (rows - 1, cols // taps - 1)
         ]
         own, channels = (torch.cat([torch.ones(1, dtype=torch.bool), s.bool()]) for s in some)
-        return own[:, None] & channels.repeat_interleave(taps), values, form
+        return own[:, None] & channels.repeat_interleave(taps), form
     pattern = {
         BlockMap: lambda: Blocks(draw(st.floats(0, 0.99)), form.block),
         NofM: lambda: NM(form.n, form.m),
@@ -117,7 +134,7 @@ def patterned(draw, rows, cols, values):
     }[type(form)]()
     make = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     keep = keep_largest(torch.rand(rows, cols, generator=make), pattern, taps, getattr(form, "groups", 1))
-    return keep, values, form
+    return keep, form
 
 
 @settings(deadline=None, max_examples=150)
@@ -165,9 +182,52 @@ def test_a_file_read_and_written_again_has_the_same_bytes(artifact):
 @every
 def test_a_file_is_of_the_lowest_version_that_can_say_it(artifact):
     masks = [m for u in artifact.units if (m := u.weight.meta().get("mask"))]
-    assert take_apart(to_bytes(artifact)).contents["format"] == (
-        3 if any(m.get("kind") == "box" for m in masks) else 2 if artifact.inputs() or masks else 1
-    )
+    least = 3 if any(m.get("kind") == "box" for m in masks) else 2 if artifact.inputs() or masks else 1
+    contents = take_apart(to_bytes(artifact)).contents
+    assert contents["format"] == (4 if any(books_of(u.weight) for u in artifact.units) else least)
+    assert ("books" in contents) == (contents["format"] == 4)
+
+
+def book(seed: int, words: int = 4, d: int = 2) -> torch.Tensor:
+    return torch.randn(words, d, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def made_of(name: str, *books: torch.Tensor, keep: torch.Tensor | None = None) -> StoredUnit:
+    """A unit of a row of 6 columns."""
+    count = -(-6 // books[0].shape[1]) if keep is None else int(vector_counts(keep, books[0].shape[1]).max())
+    codes = torch.zeros(1, count, len(books), dtype=torch.int16)
+    weight = Codebook(codes, books, torch.ones(1, 1), 6, 1, keep)
+    return StoredUnit((name,), View((1, 6)), weight if keep is None else Sparse(keep, weight), "any")
+
+
+def test_books_of_equal_contents_are_stored_once_in_the_order_of_their_first_use():
+    a, b, c = book(0), book(1, words=8), book(2)
+    mask = torch.arange(6)[None] < 3
+    units = made_of("0", b, a), made_of("1", a.clone()), made_of("2", c, a, c, keep=mask), made_of("3", b.clone(), b)
+    parts = take_apart(to_bytes(Artifact((made_of("first", a), *units), {}, ())))
+    assert parts.contents["books"] == [[4, 2], [8, 2], [4, 2]]
+    assert [u["weight"]["books"] for u in parts.contents["units"]] == [[0], [1, 0], [0], [2, 0, 2], [1, 1]]
+    assert not any({"d", "bits"} & set(u["weight"]) for u in parts.contents["units"])
+    start, end = parts.tensors["f16"]["data_offsets"]
+    assert parts.payload[start:end] == b"".join(x.numpy().tobytes() for x in (a, b, c))
+
+
+def test_books_that_differ_in_a_bit_or_in_shape_are_stored_apart():
+    zeros = torch.zeros(4, 2).half()
+    parts = take_apart(to_bytes(Artifact((made_of("0", zeros), made_of("1", -zeros)), {}, ())))
+    assert parts.contents["books"] == [[4, 2], [4, 2]]
+    parts = take_apart(to_bytes(Artifact((made_of("0", zeros), made_of("1", zeros.reshape(8, 1))), {}, ())))
+    assert parts.contents["books"] == [[4, 2], [8, 1]]
+
+
+def test_units_of_the_same_book_hold_the_same_tensor_after_reading():
+    a, b, mask = book(0), book(1), torch.arange(6)[None] < 3
+    units = made_of("0", a, b), made_of("1", b.clone(), keep=mask), made_of("2", a.clone(), a)
+    (a0, b0), (b1,), (a2, a3) = (books_of(u.weight) for u in from_bytes(to_bytes(Artifact(units, {}, ()))).units)
+    assert a0 is a2 is a3
+    assert b0 is b1
+    assert torch.equal(a0, a)
+    assert torch.equal(b0, b)
 
 
 def test_grids_of_inputs_come_back_as_they_were():
@@ -204,6 +264,7 @@ def test_another_process_writes_the_same_bytes():
 def test_the_payload_has_the_bytes_that_the_weights_claim(artifact):
     data = to_bytes(artifact)
     rest = [*artifact.rest.values(), *(t for x in artifact.norms for t in (x.scale, x.shift))]
+    rest += {b.numpy().tobytes(): b for u in artifact.units for b in books_of(u.weight)}.values()  # equal ones once
     claimed = sum(u.weight.bits() for u in artifact.units) // 8 + sum(t.numel() * t.element_size() for t in rest)
     assert len(take_apart(data).payload) == claimed
     assert len(data) == 8 + int.from_bytes(data[:8], "little") + claimed

@@ -12,7 +12,7 @@ from featherweight._pack import pack
 from featherweight.errors import FormatError, UsageError
 from featherweight.methods import NM, Blocks, Channels, Rows
 from featherweight.methods.patterns import keep_largest
-from featherweight.weights import KINDS, Dense, Grid, Sparse, Weight
+from featherweight.weights import KINDS, Codebook, Dense, Grid, Sparse, Weight, books_of
 from featherweight.weights.base import float_type
 from featherweight.weights.masks import BlockMap, BoxMap, ChannelMap, NofM, RowMap
 from tests.artifact import mini_reader
@@ -38,6 +38,22 @@ def grid(rows, cols, bits, group, dtype=F32, sym=True):
 def sparse(values, keep):
     mask = torch.rand(values.shape, generator=GENERATOR) < keep
     return Sparse(mask, values)
+
+
+def codebook(rows, cols, d, words, dtype=F16, taps=1, keep=None):
+    """words: of each book. keep: the mask of a Sparse."""
+    books = tuple(torch.randn(n, d, generator=GENERATOR).half() for n in words)
+    counts = [cols] * rows if keep is None else keep.sum(dim=1).tolist()
+    vectors = max(max(-(-n // d) for n in counts), 1)
+    codes = torch.stack([torch.randint(n, (rows, vectors), generator=GENERATOR) for n in words], dim=2)
+    scale = torch.randn(rows, 1, generator=GENERATOR).to(dtype)
+    return Codebook(codes.to(torch.int16), books, scale, cols, taps, keep)
+
+
+def sparse_codebook(keep, d, words, dtype=F16, taps=1, form=None):
+    rows, cols = keep.shape
+    values = codebook(rows, cols, d, words, dtype, taps, keep)
+    return Sparse(keep, values, form) if form else Sparse(keep, values)
 
 
 def label(kind, *parts):
@@ -88,6 +104,45 @@ for _name, (_form, _pattern, _taps) in _PATTERNED.items():
         _keep = keep_largest(torch.rand(4, 6, generator=GENERATOR), _pattern, _taps, getattr(_form, "groups", 1))
         INSTANCES[label("sparse", _values.kind, _name, "4x6-kept0.5")] = Sparse(_keep, _values, _form)
 
+_CUTS = {
+    "whole-vectors": (5, 12, 4, [16]),
+    "short-last-vector": (5, 10, 4, [8]),
+    "two-books": (5, 10, 4, [16, 2]),
+    "d-beyond-the-columns": (4, 3, 8, [4, 4]),
+    "one-column": (7, 1, 2, [32]),
+    "entries": (3, 6, 1, [4]),
+    "longest": (2, 70, 64, [2, 4]),
+    "eight-books": (3, 9, 3, [2] * 8),
+    "8-bit": (3, 10, 2, [256]),
+    "9-bit": (3, 10, 2, [512, 4]),
+    "12-bit": (3, 10, 5, [4096, 4096]),
+    "taps": (4, 18, 4, [8, 4], 9),
+    "as-many-taps-as-columns": (2, 6, 4, [4], 6),
+}
+for _name, (_rows, _cols, _d, _words, *_taps) in _CUTS.items():
+    for _type in (F16, F32):
+        INSTANCES[label("codebook", _name, NAMES[_type])] = codebook(_rows, _cols, _d, _words, _type, *_taps)
+INSTANCES["codebook-1x1"] = codebook(1, 1, 1, [2])
+_counts = torch.arange(12) < torch.tensor([0, 1, 4, 5, 12, 0])[:, None]  # kept in each row, before they are mixed
+_counts = _counts[:, torch.randperm(12, generator=GENERATOR)]
+for _name, _keep in [
+    ("all", torch.ones(3, 10).bool()),
+    ("none", torch.zeros(3, 10).bool()),
+    ("different-counts", _counts),
+    ("half", torch.rand(5, 18, generator=GENERATOR) < 0.5),
+    ("1x1", torch.ones(1, 1).bool()),
+    ("nothing-of-1x1", torch.zeros(1, 1).bool()),
+]:
+    for _d, _words, _taps in [(4, [8], 1), (3, [512, 2], 1), (20, [4], 1), (4, [16, 4], _keep.shape[1] // 2 or 1)]:
+        _part = label("sparse-codebook", _name, f"d{_d}", f"{len(_words)}books", f"taps{_taps}")
+        INSTANCES[_part] = sparse_codebook(_keep, _d, _words, F16 if _d % 2 else F32, _taps)
+for _name, (_form, _pattern, _taps) in _PATTERNED.items():
+    _keep = keep_largest(torch.rand(4, 6, generator=GENERATOR), _pattern, _taps, getattr(_form, "groups", 1))
+    for _own in {_taps, 1, 2}:  # the taps of the vectors need not be those of the mask
+        _part = label("sparse-codebook", _name, f"taps{_own}", "4x6-kept0.5")
+        INSTANCES[_part] = sparse_codebook(_keep, 2, [8, 4], F16, _own, _form)
+INSTANCES["sparse-codebook-box"] = sparse_codebook(_box.expand(4, -1).contiguous(), 2, [8], F32, 3, BoxMap(3))
+
 every = pytest.mark.parametrize("weight", INSTANCES.values(), ids=INSTANCES)
 
 
@@ -107,7 +162,8 @@ def read_bits(payload, bits, count):
 
 
 def decode(kind, shape, meta, payload, kept=None):
-    """The matrix as lists of rows. kept: the stored (row, col) positions, all of them in row order when None."""
+    """The matrix as lists of rows. payload: with the books, as for `load`. kept: the stored (row, col) positions, all
+    of them in row order when None."""
     if kind == "sparse":
         take = lambda _, count: payload["mask"].numpy()[:count]  # noqa: E731
         flags = mini_reader.kept(take, *shape, meta.get("mask", {"kind": "entries"})).reshape(-1)
@@ -119,6 +175,8 @@ def decode(kind, shape, meta, payload, kept=None):
         for (row, col), value in zip(kept, payload["values"].tolist(), strict=True):
             matrix[row, col] = value
         return matrix
+    if kind == "codebook":
+        return decode_vectors(shape, meta, payload, set(kept))
     bits, group = meta["bits"], meta["group"]
     per_row = 0 if group == 0 else -(-shape[1] // group)
     scales = payload["scale"].tolist()
@@ -130,11 +188,35 @@ def decode(kind, shape, meta, payload, kept=None):
     return matrix
 
 
+def decode_vectors(shape, meta, payload, kept):
+    """Code after code, as they lie in the file: tap after tap and channel after channel, a row has its kept entries."""
+    (rows, cols), d, taps = shape, meta["d"], meta.get("taps", 1)
+    order = [channel * taps + tap for tap in range(taps) for channel in range(cols // taps)]
+    own = [[col for col in order if (row, col) in kept] for row in range(rows)]
+    vectors = [(row, cols[start : start + d]) for row, cols in enumerate(own) for start in range(0, len(cols), d)]
+    assert len(vectors) == meta.get("vectors", len(vectors))
+    codes = [read_bits(payload[f"codes{m}"], bits, len(vectors)) for m, bits in enumerate(meta["bits"])]
+    matrix, scales = np.zeros(shape, dtype=np.float32), payload["scale"].tolist()
+    for i, (row, places) in enumerate(vectors):
+        for j, col in enumerate(places):
+            words = [np.float32(payload[f"book{m}"][own[i], j].item()) for m, own in enumerate(codes)]
+            total = words[0]
+            for word in words[1:]:
+                total = total + word
+            matrix[row, col] = np.float32(scales[row]) * total
+    return matrix
+
+
+def with_books(weight, payload):
+    """What `load` is given: the payload, and the books that lie elsewhere in a file."""
+    return payload | {f"book{m}": book for m, book in enumerate(books_of(weight))}
+
+
 @every
 def test_dense_is_what_the_bytes_mean(weight):
-    decoded = weight.dense()
+    decoded, payload = weight.dense(), with_books(weight, weight.tensors())
     assert decoded.dtype == F32
-    assert np.array_equal(decoded.numpy(), decode(weight.kind, weight.shape, weight.meta(), weight.tensors()))
+    assert decoded.numpy().tobytes() == decode(weight.kind, weight.shape, weight.meta(), payload).tobytes()
 
 
 def test_a_grid_decodes_to_scale_times_code_minus_zero():
@@ -158,6 +240,38 @@ def test_the_exact_payload_of_a_sparse_grid():
     assert weight.dense().tolist() == [[-2, 0, -1.5], [-6, 0, -4]]
 
 
+def test_the_exact_payload_of_vectors_from_books():
+    """3 columns in vectors of 2: the second vector of a row has an entry that means nothing."""
+    codes = torch.tensor([[[0, 1], [3, 0]], [[2, 1], [1, 1]]], dtype=torch.int16)
+    books = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]]).half(), torch.tensor([[0.5, 0.25], [0, 10]]).half()
+    weight = Codebook(codes, books, torch.tensor([[2.0], [-1.0]], dtype=F16), 3)
+    payload = {name: t.tolist() for name, t in weight.tensors().items()}
+    assert payload == {"codes0": [0b01_10_11_00], "codes1": [0b1_1_0_1], "scale": [2.0, -1.0]}
+    assert weight.meta() == {"d": 2, "bits": [2, 1], "type": "f16"}
+    assert weight.dense().tolist() == [[2, 24, 15], [-5, -16, -3]]
+
+
+def test_the_exact_payload_of_the_kept_entries_in_vectors_from_a_book():
+    """2 channels of 2 taps: the columns are taken in the order 0, 2, 1, 3; every row begins a new vector."""
+    keep = torch.tensor([[True, True, True, False], [False] * 4, [False, True, False, False]])
+    codes = torch.tensor([[[1], [0]], [[0], [0]], [[1], [1]]], dtype=torch.int16)
+    book = torch.tensor([[1, 2], [3, 4]]).half()
+    weight = Sparse(keep, Codebook(codes, (book,), torch.tensor([[1.0], [9.0], [10.0]]), 4, 2, keep))
+    payload = {name: t.tolist() for name, t in weight.tensors().items()}
+    assert payload == {"mask": [0b0000_0111, 0b0010], "codes0": [0b1_0_1], "scale": [1, 9, 10]}
+    meta = {"kept": 4, "values": "codebook", "d": 2, "bits": [1], "type": "f32", "taps": 2, "vectors": 3}
+    assert weight.meta() == meta
+    assert weight.dense().tolist() == [[3, 1, 4, 0], [0, 0, 0, 0], [0, 30, 0, 0]]
+
+
+def test_sums_of_words_are_rounded_to_float32_one_after_the_other():
+    """2 ** 14 + 2 ** -10 is no float32: of three words the first two are added first."""
+    books = [torch.full((2, 1), x).half() for x in (2.0**14, 2.0**-10, 2.0**-10)]
+    codes, one = torch.zeros(1, 1, 3, dtype=torch.int16), torch.ones(1, 1)
+    assert Codebook(codes, tuple(books), one, 1).dense().tolist() == [[2.0**14]]
+    assert Codebook(codes, tuple(books[::-1]), one, 1).dense().tolist() == [[2.0**14 + 2.0**-9]]
+
+
 # ---------------------------------------------------------------- size and layout
 @every
 def test_bits_are_the_bytes_of_the_payload(weight):
@@ -175,6 +289,7 @@ def test_layout_foretells_the_payload(weight):
 @every
 def test_trainable_names_the_continuous_tensors(weight):
     continuous = {name for name, t in weight.tensors().items() if t.is_floating_point()}
+    continuous |= {"books"} if books_of(weight) else set()  # which several weights may share
     assert set(weight.trainable()) == continuous
     assert len(weight.trainable()) == len(continuous)
 
@@ -184,7 +299,7 @@ def read(weight, meta, payload):
     """As a file is read: the sizes are checked against the layout before `load`."""
     layout = type(weight).layout(weight.shape, meta)
     assert [(t.dtype, t.numel()) for t in payload.values()] == list(layout.values())
-    return type(weight).load(weight.shape, meta, payload)
+    return type(weight).load(weight.shape, meta, with_books(weight, payload))
 
 
 @every
@@ -202,7 +317,7 @@ def test_load_gives_the_same_matrix_and_the_same_bytes(weight):
 FIELDS = [
     pytest.param(weight, name, id=f"{label_}-{name}")
     for label_, weight in INSTANCES.items()
-    if label_ in ("dense-f32-(3, 5)", "grid-3bit-asym-group-f16", "grid-4bit-sym-row-f32")
+    if label_ in ("dense-f32-(3, 5)", "grid-3bit-asym-group-f16", "grid-4bit-sym-row-f32", "codebook-taps-f16")
     or (label_.startswith("sparse") and label_.endswith("4x6-kept0.5"))
     for name in weight.meta()
 ]
@@ -211,8 +326,8 @@ FIELDS = [
 @pytest.mark.parametrize(("weight", "name"), FIELDS)
 def test_a_missing_field_is_refused_by_name(weight, name):
     meta = weight.meta()
-    if name == "mask":
-        return  # without it the mask has a bit an entry: another size
+    if name in ("mask", "taps"):
+        return  # without it the mask has a bit an entry, another size; and vectors follow the columns
     del meta[name]
     with pytest.raises(FormatError, match=name):
         weight.layout(weight.shape, meta)
@@ -227,6 +342,9 @@ def test_a_field_of_a_wrong_type_or_range_is_refused_by_name(weight, name):
         wrong += [{"kind": "entries"}, {"kind": ["rows"]}, meta[name] | {"more": 1}]
         wrong += [{k: v for k, v in meta[name].items() if k != gone} for gone in meta[name]]
         wrong += [meta[name] | {k: v} for k in meta[name] for v in (0, -1, 1.0, True, 65, None, 10**9)]
+    if name == "bits" and isinstance(meta[name], list):
+        wrong.remove([1])  # a book of two words
+        wrong += [[1] * 9, [0], [13], [1, True], [1.0], [None], ["1"]]
     for value in wrong:
         with pytest.raises(FormatError, match=name):
             weight.layout(weight.shape, meta | {name: value})
@@ -242,6 +360,14 @@ def test_a_field_of_a_wrong_type_or_range_is_refused_by_name(weight, name):
         pytest.param(sparse(dense(4, 6, F32), 0.5), "kept", 25, id="kept-beyond-the-entries"),
         pytest.param(sparse(dense(4, 6, F32), 0.5), "values", "sparse", id="sparse-in-sparse"),
         pytest.param(sparse(grid(4, 6, 3, 0), 0.5), "group", 7, id="group-within-sparse"),
+        pytest.param(codebook(3, 6, 2, [4]), "d", 0, id="empty-vectors"),
+        pytest.param(codebook(3, 6, 2, [4]), "d", 65, id="vectors-of-65"),
+        pytest.param(codebook(3, 6, 2, [4]), "bits", [], id="no-book"),
+        pytest.param(codebook(3, 6, 2, [4]), "taps", 4, id="taps-do-not-divide-the-columns"),
+        pytest.param(codebook(3, 6, 2, [4]), "taps", 12, id="taps-beyond-the-columns"),
+        pytest.param(codebook(3, 6, 2, [4]), "vectors", 9, id="vectors-without-a-mask"),
+        pytest.param(sparse_codebook(torch.ones(3, 6).bool(), 4, [4]), "vectors", 4, id="too-few-vectors"),
+        pytest.param(sparse_codebook(torch.ones(3, 6).bool(), 4, [4]), "vectors", 19, id="too-many-vectors"),
     ],
 )
 def test_a_value_just_out_of_range_is_refused(weight, name, value):
@@ -256,11 +382,48 @@ def test_an_unknown_field_is_refused_by_name(weight):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("weight", [grid(4, 6, 3, 2, F16), sparse(grid(4, 6, 3, 6), 0.5)], ids=["grid", "sparse"])
+@pytest.mark.parametrize(
+    "weight",
+    [grid(4, 6, 3, 2, F16), sparse(grid(4, 6, 3, 6), 0.5), codebook(4, 6, 4, [8]), sparse_codebook(_keep, 4, [8])],
+    ids=["grid", "sparse", "codebook", "sparse-codebook"],
+)
 def test_a_scale_that_is_not_finite_is_refused(weight, value):
     payload = {k: t.clone() for k, t in weight.tensors().items()}
     payload["scale"][-1] = value
     with pytest.raises(FormatError, match="scale"):
+        read(weight, weight.meta(), payload)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_word_that_is_not_finite_is_refused(value):
+    weight = codebook(3, 6, 2, [4, 2])
+    weight.books[1][1, 0] = value
+    with pytest.raises(FormatError, match="'book1' holds NaN"):
+        read(weight, weight.meta(), weight.tensors())
+
+
+@pytest.mark.parametrize("other", [{}, {"book0": torch.zeros(4, 3).half()}, {"book0": torch.zeros(8, 2).half()}])
+def test_books_that_do_not_fit_the_codes_are_refused(other):
+    weight = codebook(3, 6, 2, [4])
+    with pytest.raises(FormatError, match=r"needs books of \(words, d\) \[\(4, 2\)\]"):
+        Codebook.load(weight.shape, weight.meta(), weight.tensors() | other)
+
+
+@pytest.mark.parametrize("name", ["codes0", "codes1", "mask"])
+def test_padding_bits_beside_codes_that_are_not_zero_are_refused(name):
+    weight = sparse_codebook(torch.eye(3, dtype=torch.bool), 2, [4, 512])
+    payload = {k: t.clone() for k, t in weight.tensors().items()}
+    payload[name][-1] |= 128
+    with pytest.raises(FormatError, match="padding"):
+        read(weight, weight.meta(), payload)
+
+
+def test_a_mask_that_needs_another_number_of_vectors_is_refused():
+    """As many entries as before, but in two rows."""
+    keep = torch.arange(16).reshape(4, 4) < 4
+    weight = sparse_codebook(keep, 4, [2])
+    payload = weight.tensors() | {"mask": pack(keep.T, 1)}
+    with pytest.raises(FormatError, match="the mask needs 4 vectors, the header says 1"):
         read(weight, weight.meta(), payload)
 
 
@@ -304,6 +467,13 @@ def test_a_flipped_bit_is_refused_or_read_as_it_is(name, place, bit):
 ZEROS = torch.zeros(2, 6, dtype=torch.uint8)
 
 
+def built(size=(2, 3, 1), book=(4, 2), count=1, **altered) -> Codebook:
+    """A codebook of 2 rows and 6 columns, of zeros of these shapes; with other fields."""
+    books = (torch.zeros(book, dtype=F16),) * count
+    fields = {"codes": torch.zeros(size, dtype=torch.int16), "books": books, "scale": torch.ones(2, 1), "cols": 6}
+    return Codebook(**fields | altered)  # pyright: ignore[reportArgumentType] - one of them is wrong
+
+
 @pytest.mark.parametrize(
     ("build", "told"),
     [
@@ -319,6 +489,33 @@ ZEROS = torch.zeros(2, 6, dtype=torch.uint8)
         ),
         pytest.param(lambda: Sparse(ZEROS, Dense(torch.zeros(2, 6))), "must be bool", id="sparse-mask-type"),
         pytest.param(lambda: Sparse(ZEROS.bool().T, Dense(torch.zeros(2, 6))), "mask must be", id="sparse-mask-shape"),
+        pytest.param(lambda: built(count=0), "1 to 8 books", id="no-book"),
+        pytest.param(lambda: built((2, 3, 9), count=9), "1 to 8 books", id="nine-books"),
+        pytest.param(lambda: built(book=(4,)), r"books must be \(words, d\)", id="book-is-a-vector"),
+        pytest.param(
+            lambda: built((2, 3, 2), books=(torch.zeros(4, 2).half(), torch.zeros(4, 3).half())), "of one d", id="two-d"
+        ),
+        pytest.param(lambda: built(books=(torch.zeros(4, 2),)), "books must be float16", id="book-type"),
+        pytest.param(lambda: built(book=(3, 2)), "words must be a power of two", id="3-words"),
+        pytest.param(lambda: built(book=(1, 2)), "words must be a power of two", id="1-word"),
+        pytest.param(lambda: built(book=(0, 2)), "words must be a power of two", id="0-words"),
+        pytest.param(lambda: built(book=(8192, 2)), "words must be a power of two", id="8192-words"),
+        pytest.param(lambda: built(book=(4, 0)), "d must be 1 to 64", id="d-0"),
+        pytest.param(lambda: built((2, 1, 1), (4, 65)), "d must be 1 to 64", id="d-65"),
+        pytest.param(lambda: built(taps=4), "taps must divide 6 columns", id="taps-4-of-6"),
+        pytest.param(lambda: built(taps=0), "taps must divide 6 columns", id="taps-0"),
+        pytest.param(lambda: built(scale=torch.ones(2)), r"shape \(rows, 1\)", id="codebook-scale-shape"),
+        pytest.param(lambda: built(scale=torch.ones(2, 1).double()), "float16 or float32", id="codebook-scale-type"),
+        pytest.param(lambda: built((2, 4, 1)), r"codes must have shape \(2, 3, 1\)", id="too-many-vectors"),
+        pytest.param(lambda: built(codes=torch.zeros(2, 3, 1)), "codes must be int16", id="codes-type"),
+        pytest.param(lambda: built(codes=torch.full((2, 3, 1), 4).short()), "must be 0 to 3", id="code-too-large"),
+        pytest.param(lambda: built(codes=-torch.ones(2, 3, 1).short()), "must be 0 to 3", id="code-below-0"),
+        pytest.param(lambda: built(keep=torch.ones(6, 2).bool()), r"keep must be bool \(2, 6\)", id="keep-shape"),
+        pytest.param(lambda: built(keep=ZEROS), r"keep must be bool \(2, 6\)", id="keep-type"),
+        pytest.param(lambda: Sparse(ZEROS == 0, built()), "those of the kept entries", id="codes-of-no-mask"),
+        pytest.param(
+            lambda: Sparse(ZEROS == 0, built((2, 1, 1), keep=ZEROS > 0)), "those of the kept entries", id="other-mask"
+        ),
     ],
 )
 def test_what_cannot_be_stored_cannot_be_built(build, told):
