@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import zlib
+from base64 import b85decode
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -14,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from featherweight.activations import ActivationGrid, is_scale
-from featherweight.artifact.schema import BLANK, KEY, MARK, STREAMS, VERSIONS, Artifact, FoldedNorm, StoredUnit
+from featherweight.artifact.schema import BLANK, KEY, LARGEST, MARK, STREAMS, VERSIONS, Artifact, FoldedNorm, StoredUnit
 from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.weights import KINDS, Codebook, Sparse, books_of
@@ -102,6 +104,8 @@ def _contents(data: bytes) -> dict[str, Any]:
     blank = data.replace(stamped, MARK + BLANK.encode())
     if hashlib.blake2b(blank, digest_size=16).hexdigest() != digest:
         raise FormatError("damaged: the checksum does not fit; the file was altered or not copied whole")
+    if contents["format"] >= 4:
+        contents = _unpacked(contents)
     if not _is_plain(contents):
         raise FormatError("the header holds a number, a text or a nesting that not every JSON reader accepts")
     _keys(header.pop("__metadata__"), "the safetensors metadata", (KEY,))
@@ -113,6 +117,22 @@ def _contents(data: bytes) -> dict[str, Any]:
     needed = ("format", "checksum", "methods", "units", "rest", "batchnorm", "about")
     _keys(contents, "the header", needed, ("books",) if contents["format"] >= 4 else ())
     return contents
+
+
+def _unpacked(contents: dict[str, Any]) -> dict[str, Any]:
+    """The whole table of contents of version 4. Nothing larger than LARGEST is ever made."""
+    _keys(contents, "the header", ("format", "checksum", "packed"))
+    try:
+        stream = zlib.decompressobj()
+        text = stream.decompress(b85decode(contents["packed"]), LARGEST)
+        if not stream.eof or stream.unused_data:
+            raise ValueError
+        inner = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, TypeError, AttributeError, RecursionError, zlib.error):
+        raise FormatError("damaged: the table of contents cannot be unpacked, or is too large") from None
+    if not isinstance(inner, dict) or {"format", "checksum", "packed"} & set(inner):
+        raise FormatError("damaged: what was unpacked is no table of contents")
+    return inner | {"format": contents["format"], "checksum": contents["checksum"]}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from featherweight.weights import Weight
 VERSIONS = (1, 2, 3, 4)  # a file is of the first that can say what is in it
 KEY = "featherweight"  # the one metadata entry of the safetensors file
 BLANK = "0" * 32  # stands where the checksum goes, while it is computed
+LARGEST = 1 << 24  # characters of a table of contents that was packed
 MARK = b'\\"checksum\\":\\"'  # what precedes it in the file: JSON inside a JSON string
 STREAMS = {  # name in the file -> element type; each holds all payload of that type, in the order of the contents.
     # safetensors has the same names in capitals

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import secrets
+import zlib
+from base64 import b85encode
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -63,8 +65,9 @@ def to_bytes(artifact: Artifact) -> bytes:
     for norm in artifact.norms:
         norms.append([norm.name, put(norm.scale), len(norm.scale), norm.eps])
         put(norm.shift)
+    version = _version(artifact, [u["weight"] for u in units])
     contents = {
-        "format": _version(artifact, [u["weight"] for u in units]),
+        "format": version,
         "checksum": BLANK,
         "methods": methods,
         "units": units,
@@ -75,11 +78,22 @@ def to_bytes(artifact: Artifact) -> bytes:
     if shapes:
         contents["books"] = shapes
     try:
-        text = json.dumps(contents, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = _json(contents if version < VERSIONS[3] else packed(contents))
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"'about' must hold plain JSON values: {error}") from error
     data = save({name: torch.cat(parts) for name, parts in streams.items()}, {KEY: text})
     return stamp(data)
+
+
+def packed(contents: dict[str, Any]) -> dict[str, Any]:
+    """A table of contents as it stands in a file of version 4: what compresses well, compressed."""
+    inner = {k: v for k, v in contents.items() if k not in ("format", "checksum")}
+    text = b85encode(zlib.compress(_json(inner).encode(), 9)).decode()
+    return {"format": contents["format"], "checksum": contents["checksum"], "packed": text}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def stamp(data: bytes) -> bytes:

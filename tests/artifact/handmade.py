@@ -2,10 +2,12 @@
 
 import json
 import struct
+import zlib
+from base64 import b85decode
 from dataclasses import dataclass
 from typing import Any
 
-from featherweight.artifact.write import stamp
+from featherweight.artifact.write import packed, stamp
 
 BLANK = "0" * 32
 
@@ -26,7 +28,9 @@ class Parts:
 
     def text(self) -> str:
         """The metadata entry."""
-        return json.dumps(self.contents, sort_keys=True, separators=(",", ":"))
+        own = self.contents.get("format")
+        content = packed(self.contents) if type(own) is int and own >= 4 else self.contents
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     def file(self, text: str | None = None, **metadata: str) -> bytes:
         """The whole file; `text` takes the place of `text()`."""
@@ -38,6 +42,8 @@ def take_apart(data: bytes) -> Parts:
     (size,) = struct.unpack("<Q", data[:8])
     tensors = json.loads(data[8 : 8 + size])
     contents = json.loads(tensors.pop("__metadata__")["featherweight"])
+    if "packed" in contents:
+        contents |= json.loads(zlib.decompress(b85decode(contents.pop("packed"))))
     return Parts(tensors, contents | {"checksum": BLANK}, data[8 + size :])
 
 

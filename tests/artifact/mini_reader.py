@@ -1,8 +1,10 @@
 """A second reader, written from docs/format.md alone: no featherweight, no torch, no safetensors."""
 
+import base64
 import hashlib
 import json
 import struct
+import zlib
 from itertools import combinations
 from math import ceil, prod
 
@@ -44,6 +46,9 @@ def parse(data: bytes):
     header = json.loads(data[8 : 8 + size])
     contents = json.loads(header["__metadata__"]["featherweight"])
     assert contents["format"] in (1, 2, 3, 4)
+    if contents["format"] >= 4:
+        assert set(contents) == {"format", "checksum", "packed"}
+        contents |= json.loads(zlib.decompress(base64.b85decode(contents["packed"])))
     mark = b'\\"checksum\\":\\"'
     assert data.count(mark + contents["checksum"].encode()) == 1
     blank = data.replace(mark + contents["checksum"].encode(), mark + b"0" * 32)
