@@ -27,7 +27,7 @@ from featherweight.artifact.write import to_bytes
 from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.report import rows_of
-from featherweight.weights import Dense, Grid, Sparse
+from featherweight.weights import Codebook, Dense, Grid, Sparse
 from tests.artifact.handmade import BLANK, from_header, take_apart
 
 
@@ -48,7 +48,24 @@ def small() -> Artifact:
     return Artifact(units, rest, (norm,), {"model": "net.py:make", "fp32_bytes": 100})
 
 
+def booked() -> Artifact:
+    """Weights of one and two books, with taps and with a mask, beside a grid."""
+    first, second = torch.arange(8).reshape(4, 2).half(), torch.arange(4).reshape(2, 2).half() / 8
+    codes = (torch.arange(9) % 4).reshape(3, 3, 1).short()
+    both = torch.cat([codes, codes % 2], dim=2)
+    keep = torch.arange(5) < torch.tensor([5, 0, 2])[:, None]
+    half = torch.ones(3, 1, dtype=torch.float16)
+    weights = {
+        "vectors.weight": Codebook(both, (first, second), torch.full((3, 1), 0.5), 5),
+        "taps.weight": Codebook(codes[:2], (first,), half[:2], 6, 3),
+        "pruned.weight": Sparse(keep, Codebook(both.flip(2) % 2, (second, first), half, 5, 1, keep)),
+        "grid.weight": Grid(torch.ones(2, 2, dtype=torch.uint8), half[:1], None, 2, 0),
+    }
+    return Artifact(tuple(StoredUnit((n,), View(w.shape), w, "additive") for n, w in weights.items()), {}, ())
+
+
 SMALL = to_bytes(small())
+BOOKED = to_bytes(booked())
 
 
 @contextmanager
@@ -89,10 +106,11 @@ def tried(data: bytes) -> Artifact | None:
     return None
 
 
-def test_the_small_file_is_fine_and_small():
-    assert from_bytes(SMALL).digest() == small().digest()
-    assert len(SMALL) < 3000
-    assert take_apart(SMALL).file() == SMALL  # so that an attack differs from it by the attack alone
+@pytest.mark.parametrize(("data", "artifact"), [(SMALL, small()), (BOOKED, booked())], ids=["small", "books"])
+def test_the_small_files_are_fine_and_small(data, artifact):
+    assert from_bytes(data).digest() == artifact.digest()
+    assert len(data) < 3000
+    assert take_apart(data).file() == data  # so that an attack differs from it by the attack alone
 
 
 # ---------------------------------------------------------------- damage
@@ -246,6 +264,7 @@ def owner(contents, path):
 
 
 PATHS = [path for path in nodes(take_apart(SMALL).contents) if path]
+BOOK_PATHS = [path for path in nodes(take_apart(BOOKED).contents) if path and path[0] in ("books", "units")]
 
 
 def test_any_field_of_any_wrong_type():
@@ -261,6 +280,25 @@ def test_any_field_of_any_wrong_type():
     assert types == {str}
     assert {kind for path, kind in accepted if path.endswith("error")} == {float, type(None)}
     assert {kind for path, kind in accepted if path.endswith("scale")} == {float}
+
+
+def test_any_field_about_books_of_any_wrong_type():
+    for path in BOOK_PATHS:
+        for value in WRONG:
+            parts = take_apart(BOOKED)
+            owner(parts.contents, path)[path[-1]] = value
+            if tried(parts.file()) is not None:
+                assert FREE.fullmatch(".".join(map(str, path))), (path, value)
+
+
+def test_any_missing_field_about_books():
+    for path in BOOK_PATHS:
+        parts = take_apart(BOOKED)
+        del owner(parts.contents, path)[path[-1]]
+        if path[-1] == "taps":  # the same vectors, of other entries
+            assert from_bytes(parts.file()).digest() != booked().digest()
+        else:
+            refused(parts.file())
 
 
 def test_any_missing_field():
@@ -282,9 +320,10 @@ def test_any_missing_field():
             refused(parts.file())
 
 
-def test_any_unknown_field():
-    for path in [(), *PATHS]:
-        parts = take_apart(SMALL)
+@pytest.mark.parametrize(("data", "paths"), [(SMALL, PATHS), (BOOKED, BOOK_PATHS)], ids=["small", "books"])
+def test_any_unknown_field(data, paths):
+    for path in [(), *paths]:
+        parts = take_apart(data)
         where = owner(parts.contents, (*path, ""))
         if isinstance(where, dict) and path != ("about",):
             where["from_the_future"] = 1
@@ -344,7 +383,7 @@ def shorter(stream, size):
 HUGE = 2**39
 ATTACKS = {
     # versions
-    "version-4": (edit("format", 4), "version 4; this featherweight reads versions 1, 2, 3. Try a newer release"),
+    "version-5": (edit("format", 5), "version 5; this featherweight reads versions 1, 2, 3, 4. Try a newer release"),
     "version-1-with-inputs": (edit("format", 1), r"units\[1\] must have the fields"),
     "version-0": (edit("format", 0), "format version 0"),
     "version-true": (edit("format", True), "no format version"),
@@ -394,7 +433,7 @@ ATTACKS = {
                                             "weight": {"kind": "dense", "type": "f16"}}), "transposed_groups"),
     "groups-negative": (edit("units.2.transposed_groups", -2), "transposed_groups"),
     # kinds
-    "kind-unknown": (edit("units.0.weight.kind", "codebook"), r"unknown kind of weight; expected one of \['dense'"),
+    "kind-unknown": (edit("units.0.weight.kind", "lattice"), r"unknown kind of weight; expected one of \['codebook'"),
     "kind-list": (edit("units.0.weight.kind", ["grid"]), "unknown kind"),
     "kind-other": (edit("units.0.weight.kind", "dense"), "grid.weight: .*fields"),
     "bits-9": (edit("units.0.weight.bits", 9), "grid.weight: field 'bits' must be 1 to 8, got 9"),
@@ -490,9 +529,106 @@ ATTACKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("attack", "told"), ATTACKS.values(), ids=ATTACKS)
-def test_an_attack_with_a_right_checksum(attack, told):
-    parts = take_apart(SMALL)
+def emptied(parts):
+    """No weights, but a book."""
+    parts.contents |= {"units": [], "methods": [], "books": [[2, 1]]}
+    parts.tensors, parts.payload = {}, b""
+    parts.add("f16", b"\0" * 4, shape=[2])
+
+
+def old(version):
+    """A file of an earlier version without the field `books`, but with weights made of some."""
+    return lambda parts: (parts.contents.pop("books"), parts.contents.update(format=version))
+
+
+BOOK_ATTACKS = {
+    # versions and kinds
+    "version-3-with-books": (edit("format", 3), r"the header must have the fields .* got .*'books'"),
+    "version-3-with-weights-of-books": (old(3), r"units\[0\]: version 3 has no weights made of books"),
+    "version-1-with-weights-of-books": (old(1), r"units\[0\]: version 1 has no weights made of books"),
+    "version-4-without-books": (lambda parts: parts.contents.pop("books"), "numbers of the file's 0 books"),
+    "grid-with-books": (edit("units.3.weight.books", [0]), r"units\[3\]: this weight of kind 'grid' has no books"),
+    "grid-with-no-books": (edit("units.3.weight.books", []), "this weight of kind 'grid' has no books"),
+    "grid-of-a-codebook": (edit("units.3.weight.values", "codebook"), r"grid.weight: unknown metadata fields \['val"),
+    "sparse-dense-with-books": (edit("units.2.weight.values", "dense"), "this weight of kind 'sparse' has no books"),
+    "codebook-in-codebook": (edit("units.0.weight.values", "codebook"), r"unknown metadata fields \['values'\]"),
+    # the list of books
+    "books-null": (edit("books", None), "'books' must be a list"),
+    "books-object": (edit("books", {"0": [4, 2]}), "'books' must be a list"),
+    "books-empty": (edit("books", []), r"units\[0\]: books must be numbers of the file's 0 books, got \[0, 1\]"),
+    "book-of-one-number": (edit("books.0", [4]), r"books\[0\] must be \[words, d\], got \[4\]"),
+    "book-of-three-numbers": (edit("books.0", [4, 2, 1]), r"books\[0\] must be \[words, d\]"),
+    "book-true": (edit("books.1", [2, True]), r"books\[1\] must be \[words, d\], got \[2, True\]"),
+    "book-float": (edit("books.0", [4.0, 2]), r"books\[0\] must be \[words, d\]"),
+    "book-negative": (edit("books.0", [-4, -2]), r"books\[0\] must be \[words, d\]"),
+    "book-text": (edit("books.0", "42"), r"books\[0\] must be \[words, d\]"),
+    "book-long": (edit("books.0", [4, "x" * 10000]), r"books\[0\] must be \[words, d\]"),
+    "words-3": (edit("books.0", [3, 2]), r"books\[0\] must have a power of two from 2 to 4096 .*, got \[3, 2\]"),
+    "words-0": (edit("books.0", [0, 2]), "a power of two from 2"),
+    "words-1": (edit("books.0", [1, 2]), "a power of two from 2"),
+    "words-8192": (edit("books.0", [8192, 2]), "a power of two from 2 to 4096"),
+    "words-huge": (edit("books.0", [HUGE, 2]), "a power of two from 2 to 4096"),
+    "d-0": (edit("books.0", [4, 0]), "words of 1 to 64 entries"),
+    "d-65": (edit("books.0", [4, 65]), "words of 1 to 64 entries"),
+    "d-huge": (edit("books.0", [2, HUGE]), "words of 1 to 64 entries"),
+    "book-beyond-the-stream": (edit("books.0", [4096, 64]), r"books\[0\] needs 262144 elements of 'f16', 18 are left"),
+    "many-books": (edit("books", [[2, 1]] * 2000), "elements of 'f16', 0 are left"),
+    "book-unused": (emptied, "a book is used by no weight"),
+    "books-unused": (edit("units", []), "a book is used by no weight"),
+    # the numbers of a weight
+    "numbers-missing": (lambda parts: parts.contents["units"][0]["weight"].pop("books"), "books' must be a list"),
+    "numbers-text": (edit("units.0.weight.books", "01"), r"'units\[0\].books' must be a list"),
+    "numbers-count": (edit("units.0.weight.books", 1), r"'units\[0\].books' must be a list"),
+    "numbers-none": (edit("units.0.weight.books", []), "a weight is made of 1 to 8 books, got 0"),
+    "numbers-nine": (edit("units.0.weight.books", [0] * 9), "a weight is made of 1 to 8 books, got 9"),
+    "numbers-many": (edit("units.0.weight.books", [0] * 10000), "a weight is made of 1 to 8 books, got 10000"),
+    "number-beyond": (edit("units.0.weight.books", [0, 2]), r"numbers of the file's 2 books, got \[0, 2\]"),
+    "number-negative": (edit("units.0.weight.books", [0, -1]), "numbers of the file's 2 books"),
+    "number-true": (edit("units.0.weight.books", [0, True]), "numbers of the file's 2 books"),
+    "number-float": (edit("units.0.weight.books", [0, 1.0]), "numbers of the file's 2 books"),
+    "number-list": (edit("units.0.weight.books", [[0], 1]), "numbers of the file's 2 books"),
+    "number-huge": (edit("units.0.weight.books", [0, 2**62]), "numbers of the file's 2 books"),
+    "number-in-sparse": (edit("units.2.weight.books", [1, 2]), r"units\[2\]: books must be numbers of the file's 2"),
+    "other-book": (edit("units.1.weight.books", [1]), "elements|padding|nothing uses"),
+    "books-of-different-d": (edit("books.1", [4, 1]), "its books have words of different lengths, 2 and 1"),
+    # fields
+    "field-d": (edit("units.0.weight.d", 2), r"units\[0\]: unknown metadata fields \['d'\]"),
+    "field-bits": (edit("units.2.weight.bits", [1, 2]), r"units\[2\]: unknown metadata fields \['bits'\]"),
+    "taps-do-not-divide": (edit("units.1.weight.taps", 4), "taps.weight: field 'taps' must divide the 6 columns"),
+    "taps-0": (edit("units.1.weight.taps", 0), "field 'taps' must be 1 to 6, got 0"),
+    "taps-true": (edit("units.1.weight.taps", True), "field 'taps' must be 1 to 6, got True"),
+    "taps-huge": (edit("units.1.weight.taps", 2**62), "field 'taps' must be 1 to 6"),
+    "vectors-too-few": (edit("units.2.weight.vectors", 3), "field 'vectors' must be 4 to 7, got 3"),
+    "vectors-other": (edit("units.2.weight.vectors", 7), "elements|the mask needs 4 vectors, the header says 7"),
+    "vectors-huge": (edit("units.2.weight.vectors", 2**62), "field 'vectors' must be 4 to 7"),
+    "vectors-true": (edit("units.2.weight.vectors", True), "field 'vectors'"),
+    "vectors-without-mask": (edit("units.0.weight.vectors", 9), r"unknown metadata fields \['vectors'\]"),
+    "mask-of-other-vectors": (poked("u8", 7, b"\x3f\x04"), "the mask needs 5 vectors, the header says 4"),
+    "type-f64": (edit("units.0.weight.type", "f64"), "field 'type'"),
+    "shape-large": (edit("units.0.shape", [1, HUGE]), "elements of 'u8'"),
+    "shape-large-rows": (edit("units.0.shape", [HUGE, 1]), "elements of 'u8'"),
+    # payload
+    "word-nan": (poked("f16", 2, b"\x00\x7e"), r"books\[0\] holds NaN or infinite values"),
+    "word-infinite": (poked("f16", 22, b"\x00\xfc"), r"books\[1\] holds NaN or infinite values"),
+    "scale-nan": (poked("f32", 0, struct.pack("<f", float("nan"))), "vectors.weight: field 'scale' holds NaN"),
+    "scale-infinite": (poked("f16", 24, b"\x00\x7c"), "taps.weight: field 'scale' holds NaN or inf"),
+    "padding-codes": (poked("u8", 2, b"\xff"), "vectors.weight: the padding bits"),
+    "padding-second-codes": (poked("u8", 4, b"\xff"), "vectors.weight: the padding bits"),
+    "padding-of-taps": (poked("u8", 6, b"\xff"), "taps.weight: the padding bits"),
+    "padding-mask": (poked("u8", 8, b"\xff"), "pruned.weight: the padding bits"),
+    "padding-kept-codes": (poked("u8", 9, b"\xff"), "pruned.weight: the padding bits"),
+    "short-books": (shorter("f16", 2), "elements of 'f16'"),
+    "short-codes": (shorter("u8", 1), "elements of 'u8'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "attack", "told"),
+    [pytest.param(SMALL, *a, id=name) for name, a in ATTACKS.items()]
+    + [pytest.param(BOOKED, *a, id=f"books-{name}") for name, a in BOOK_ATTACKS.items()],
+)
+def test_an_attack_with_a_right_checksum(data, attack, told):
+    parts = take_apart(data)
     attack(parts)
     with frugal():
         refused(parts.file(), told)
@@ -581,7 +717,7 @@ def test_two_checksums():
 @given(st.data())
 def test_any_bytes_for_the_payload(data):
     """Whatever the payload holds is read as it is, or refused."""
-    parts = take_apart(SMALL)
+    parts = take_apart(data.draw(st.sampled_from([SMALL, BOOKED])))
     place = data.draw(st.integers(0, len(parts.payload) - 1))
     values = data.draw(st.binary(min_size=1, max_size=8))
     parts.payload = (parts.payload[:place] + values + parts.payload[place + len(values) :])[: len(parts.payload)]
@@ -626,6 +762,26 @@ def test_a_mask_of_a_pattern_cannot_claim_much_memory(mask, payload):
     made = parts.file()
     with frugal(limit=1 << 20), pytest.raises(FormatError, match="more entries than a file of this size may claim"):
         from_bytes(made)
+
+
+def claiming(rows: int, cols: int, books: int) -> bytes:
+    """Rows of which the first alone is kept, in vectors of one entry; a code is a bit."""
+    weight = {"kind": "sparse", "values": "codebook", "type": "f16", "kept": cols, "vectors": cols}
+    weight |= {"mask": {"kind": "rows"}, "books": [0] * books}
+    parts = take_apart(to_bytes(Artifact((), {}, ())))
+    unit = {"names": ["w"], "shape": [rows, cols], "method": 0, "weight": weight}
+    parts.contents |= {"format": 4, "methods": ["x"], "units": [unit], "books": [[2, 1]]}
+    parts.add("u8", b"\1" + bytes(rows // 8 - 1 + books * cols // 8))
+    parts.add("f16", bytes(4 + 2 * rows), shape=[2 + rows])
+    return parts.file()
+
+
+def test_a_mask_of_one_row_and_eight_books_cannot_claim_much_memory():
+    """Every row has room for as many codes as the longest, of each book."""
+    with frugal(limit=1 << 22):
+        assert from_bytes(claiming(1024, 2048, books=8)).units[0].weight.shape == (1024, 2048)
+    with frugal(limit=1 << 22), pytest.raises(FormatError, match="more entries than a file of this size may claim"):
+        from_bytes(claiming(2048, 2048, books=8))
 
 
 def box_file(version: int, bits: int) -> bytes:
