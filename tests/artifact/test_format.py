@@ -54,7 +54,7 @@ def test_the_mini_reader_knows_nothing_of_featherweight():
     tree = ast.parse(Path(mini_reader.__file__).read_text())
     imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
     names = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports}
-    assert names == {"hashlib", "itertools", "json", "math", "numpy", "struct"}
+    assert names == {"base64", "hashlib", "itertools", "json", "math", "numpy", "struct", "zlib"}
 
 
 @every

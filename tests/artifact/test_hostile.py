@@ -9,6 +9,8 @@ import struct
 import sys
 import tracemalloc
 import zipfile
+import zlib
+from base64 import b85encode
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -782,6 +784,38 @@ def test_a_mask_of_one_row_and_eight_books_cannot_claim_much_memory():
         assert from_bytes(claiming(1024, 2048, books=8)).units[0].weight.shape == (1024, 2048)
     with frugal(limit=1 << 22), pytest.raises(FormatError, match="more entries than a file of this size may claim"):
         from_bytes(claiming(2048, 2048, books=8))
+
+
+def packed_as(packed: object, **outer: object) -> bytes:
+    """A file of version 4 whose table of contents is packed like that."""
+    text = json.dumps({"format": 4, "checksum": BLANK, "packed": packed} | outer, sort_keys=True, separators=(",", ":"))
+    return take_apart(to_bytes(Artifact((), {}, ()))).file(text)
+
+
+def squeezed(text: bytes) -> str:
+    return b85encode(zlib.compress(text, 9)).decode()
+
+
+EMPTY = b'{"about":{},"batchnorm":[],"methods":[],"rest":[],"units":[]}'
+
+
+def test_a_packed_table_of_contents_is_unpacked_with_care():
+    assert from_bytes(packed_as(squeezed(EMPTY))) is not None
+    twice = EMPTY.replace(b'"rest":[]', b'"rest":[],"rest":[]')
+    bad = [None, 3, [], {}, "", "\u00e9", "~~~", "no base 85 {", b85encode(b"no zlib").decode()]
+    bad += [squeezed(EMPTY[:-1]), squeezed(b"[]"), squeezed(b"\xff"), squeezed(twice), squeezed(b"[" * 10**5)]
+    bad += [b85encode(zlib.compress(EMPTY)[:-3]).decode(), b85encode(zlib.compress(EMPTY) + b"more").decode()]
+    bad += [squeezed(EMPTY[:-1] + b',"format":4}'), squeezed(EMPTY[:-1] + b',"packed":""}')]
+    for value in bad:
+        refused(packed_as(value), "unpacked")
+    refused(packed_as(squeezed(EMPTY), units=[]), "the header must have the fields")
+
+
+def test_a_table_of_contents_that_unpacks_to_gigabytes_is_refused():
+    bomb = zlib.compressobj(9)
+    data = b"".join(bomb.compress(b" " * (1 << 20)) for _ in range(256)) + bomb.flush()
+    with frugal(limit=1 << 26):
+        refused(packed_as(b85encode(data).decode()), "too large")
 
 
 def box_file(version: int, bits: int) -> bytes:

@@ -52,9 +52,9 @@ def feedback_row(w, hessian, scale, books):
 
 
 def best_words(layers, books):
-    """The words of least squares for given codes. layers: (w (rows, cols), hessian, scale (rows,), codes (rows, vectors,
-    books), weight) each. The normal equations of every entry of every word, with the least norm where they leave one
-    free."""
+    """The words of least squares for given codes, by the normal equations of every entry of every word, with the least
+    norm where they leave one free. layers: (w (rows, cols), hessian, scale (rows,), codes (rows, vectors, books),
+    weight) each."""
     sizes, d = [len(b) for b in books], books[0].shape[1]
     first = np.cumsum([0, *sizes])
     a, b = np.zeros((first[-1] * d, first[-1] * d)), np.zeros(first[-1] * d)
