@@ -8,6 +8,7 @@ from featherweight.finetune import Finetune, finetune
 from featherweight.layers import scan
 from featherweight.methods import (
     NM,
+    Additive,
     Admm,
     Blocks,
     Channels,
@@ -21,7 +22,9 @@ from featherweight.methods import (
     Rows,
     Rtn,
     Unstructured,
+    Vectors,
 )
+from featherweight.onuse import load_packed
 from featherweight.pipeline import Compressed, compress, plan
 from featherweight.recipe import Override, Recipe, read_recipe
 from featherweight.report import Report
@@ -33,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "ActivationGrid",
+    "Additive",
     "Admm",
     "Blocks",
     "Channels",
@@ -58,10 +62,12 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "SolveError",
     "Unstructured",
     "UsageError",
+    "Vectors",
     "capture",
     "compress",
     "finetune",
     "load",
+    "load_packed",
     "plan",
     "read_recipe",
     "reuse_memory",

@@ -17,6 +17,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"latency"},
     {"methods"},
     {"artifact"},
+    {"onuse"},
     {"repair", "recipe", "target", "database", "sequential"},
     {"solve", "sensitivity"},
     {"sharing"},

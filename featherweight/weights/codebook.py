@@ -110,6 +110,8 @@ class Codebook:
         for part in parts:  # in this order: float32 sums are rounded
             total = total + part
         entries = self.scale.float() * total.flatten(1)
+        if self.keep is None and self.taps == 1:
+            return entries[:, : self.cols]
         order = entry_order(self.cols, self.taps).to(entries.device)
         if self.keep is None:
             return entries[:, : self.cols][:, order.argsort()]

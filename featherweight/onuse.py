@@ -1,0 +1,87 @@
+"""A network whose weights stay packed, each decoded at the moment it is used and forgotten after.
+
+Memory then holds what the file holds and one decoded layer at a time, for the price of decoding in every pass. A weight
+becomes a property of its module, so it does not matter who uses it: the module's own forward, another module that it
+is tied to, or a function that takes it. Recurrent modules keep a list of their weights; it is filled for a call and
+emptied after.
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.artifact import Artifact, fill, read
+from featherweight.layers import View
+from featherweight.weights import Weight, books_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@final
+class Packed(nn.Module):
+    """A stored weight as its packed payload, which stays where it is; calling it decodes, to the type and the device
+    that the network was moved to."""
+
+    place: Tensor
+
+    def __init__(self, weight: Weight, view: View, like: Tensor) -> None:
+        super().__init__()
+        self.kind, self.shape, self.view = type(weight), weight.shape, view
+        self.meta = weight.meta()
+        self.payload = weight.tensors() | {f"book{m}": book for m, book in enumerate(books_of(weight))}
+        self.register_buffer("place", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.view.tensor(self.kind.load(self.shape, self.meta, self.payload).dense()).to(self.place)
+
+
+def load_packed(path: str | Path, into: M) -> M:
+    """Like `load`, with every compressed weight kept packed and decoded whenever the network uses it. The network is
+    for inference; its compressed weights are no parameters any more.
+
+    Raises:
+        FormatError: the file is damaged or no featherweight file.
+        UsageError: names or shapes of `into` differ from the file's; the differences are named.
+    """
+    return keep_packed(into, read(Path(path)))
+
+
+def keep_packed(model: M, artifact: Artifact) -> M:
+    """Like `load_packed`, of a file's contents."""
+    fill(model, artifact)
+    modules = dict(model.named_modules())
+    for unit in artifact.units:
+        first: Packed | None = None
+        for name in unit.names:
+            owner, _, attribute = name.rpartition(".")
+            module = modules[owner]
+            filled = module._parameters[attribute]
+            assert filled is not None
+            first = first or Packed(unit.weight, unit.view, filled)
+            del module._parameters[attribute]
+            module.add_module(f"packed_{attribute}", first)
+            _as_property(module, attribute)
+    for module in modules.values():
+        if isinstance(module, nn.RNNBase) and any(n.startswith("packed_") for n in module._modules):
+            module._flat_weights = []
+            module.register_forward_pre_hook(_filled)
+            module.register_forward_hook(_emptied, always_call=True)
+    return model
+
+
+def _as_property(module: nn.Module, attribute: str) -> None:
+    """Give this one module a class of its own, in which the attribute decodes."""
+    kind = type(module)
+    if not getattr(kind, "is_packed", False):
+        module.__class__ = kind = type(kind.__name__, (kind,), {"is_packed": True})
+    setattr(kind, attribute, property(lambda self: self._modules[f"packed_{attribute}"]()))
+
+
+def _filled(module: Any, _inputs: Any) -> None:
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _emptied(module: Any, _inputs: Any, _outputs: Any) -> None:
+    module._flat_weights = []
