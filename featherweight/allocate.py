@@ -171,6 +171,14 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         known = math.isfinite(found.loss)
         choices, first, measured = found.choices, found.first if known else None, found.loss if known else None
         policies, pruned, trust = found.measured, found.pruned, np.array(found.trust)
+        unused = frozenset(allocator.cuts()) - frozenset(allocator.cuts(choices))
+        if unused and known:  # the search kept bytes free for their books
+            other = allocator.closed(limits, unused)
+            again = other.weighted(pruned).solve(trust)
+            loss = float(judge(allocator.each(again)).mean())
+            policies += 1
+            if loss < found.loss:
+                task, choices, measured = other, again, loss
     if samples and measuring and measured is None:
         cause = "outputs cannot be compared" if judging else "the data cannot be cut to hold some samples back"
         what += f"; {cause}, so no policy was measured"

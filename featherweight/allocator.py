@@ -229,19 +229,25 @@ class Allocator:
                 what = {"bytes": "file has", "latency": "latency, by the table of its layers, is"}
                 said = f"{what.get(b, f'number of {unit} is')} {least:,}{f' {unit}' if b in what else ''}"
                 raise InfeasibleError(f"the target is {limits[b]:,} {unit}; the smallest reachable {said}")
-        cuts = sorted({c for rows in self.candidates.values() for x in rows if (c := _cut(x))}, key=lambda c: c.rate)
+        cuts = self.cuts()
         found: list[tuple[float, Task]] = []
         for size in range(len(cuts), -1, -1):
             for without in combinations(cuts, size):
                 try:
-                    task = self._task(limits, frozenset(without))
+                    task = self.closed(limits, frozenset(without))
                     found.append((Policy.of(task.menus, task.solve()).loss, task))
                 except InfeasibleError:
                     if not found and not without:
                         raise
         return min(found, key=lambda x: x[0])[1]
 
-    def _task(self, limits: Mapping[str, int], without: Cuts) -> Task:
+    def cuts(self, choices: Choices | None = None) -> list[Vectors]:
+        """The vectors that candidates, or those of a policy, are made of, from few bits to many."""
+        every = self.candidates.values() if choices is None else [[c] for c in self.taken(choices).values()]
+        return sorted({c for rows in every for x in rows if (c := _cut(x))}, key=lambda c: c.rate)
+
+    def closed(self, limits: Mapping[str, int], without: Cuts) -> Task:
+        """Like `task`, without candidates of these vectors."""
         budgets = list(limits)
         menus = self.menus(budgets, without)
         choices, task, safe = self.cheapest(budgets[0], without), None, None

@@ -104,7 +104,7 @@ class Codebook:
         return self.scale.shape[0], self.cols
 
     def dense(self) -> Tensor:
-        codes = self.codes.long()
+        codes = self.codes.int()
         parts = (torch.nn.functional.embedding(codes[:, :, m], b.float()) for m, b in enumerate(self.books))
         total = next(parts)
         for part in parts:  # in this order: float32 sums are rounded
@@ -125,8 +125,8 @@ class Codebook:
 
     def tensors(self) -> dict[str, Tensor]:
         """Codes book after book, each row after row; then the scales."""
-        stored = self._stored()
-        payload = {f"codes{m}": pack(self.codes[:, :, m][stored], _width(book)) for m, book in enumerate(self.books)}
+        codes = self.codes.flatten(0, 1) if self.keep is None else self.codes[self._stored()]
+        payload = {f"codes{m}": pack(codes[:, m], _width(book)) for m, book in enumerate(self.books)}
         return payload | {"scale": self.scale.reshape(-1)}
 
     def kept(self, keep: Tensor) -> dict[str, Tensor]:
@@ -192,13 +192,16 @@ class Codebook:
         counts = torch.full((rows,), -(-cols // d)) if keep is None else vector_counts(keep, d)
         if keep is not None and int(counts.sum()) != meta["vectors"]:
             raise FormatError(f"the mask needs {int(counts.sum())} vectors, the header says {meta['vectors']}")
-        stored = torch.arange(max(int(counts.max()), 1)) < counts[:, None]
-        codes = torch.zeros(*stored.shape, len(widths), dtype=torch.int16)
         try:
-            for m, width in enumerate(widths):
-                codes[:, :, m][stored] = unpack(tensors[f"codes{m}"], width, int(counts.sum())).to(torch.int16)
+            flat = [unpack(tensors[f"codes{m}"], w, int(counts.sum())).to(torch.int16) for m, w in enumerate(widths)]
         except ValueError as error:
             raise FormatError(str(error)) from None
+        codes = torch.stack(flat, dim=-1)
+        if keep is None:
+            codes = codes.reshape(rows, -1, len(widths))
+        else:
+            stored = torch.arange(max(int(counts.max()), 1)) < counts[:, None]
+            codes = torch.zeros(*stored.shape, len(widths), dtype=torch.int16).masked_scatter(stored[:, :, None], codes)
         return cls(codes, books, tensors["scale"].reshape(rows, 1), cols, meta.get("taps", 1), keep)
 
 
