@@ -1,16 +1,19 @@
 """Additive codes: layer errors against scalar grids, what each part of the solver gains, and encoding time.
 
-    python -m bench.additive layers ablation speed networks [--zoo ../shared/zoo.py]
+    python -m bench.additive layers ablation speed networks finetuned [--only resnet20_cifar10] [--zoo ../shared/zoo.py]
 
-`layers`: every convolution of resnet20_cifar10 at about 2 and 3 bits, books shared by the network and their bytes
-counted. `ablation`: the same network at 2 bits, one part of the solver after another; the books shared by the network,
-a stage or nobody, at about equal bytes; lengths of vectors and numbers of books. `speed`: seconds a million weights,
-beside faiss's residual and local-search quantizers on the same vectors (needs `pip install faiss-cpu`). `networks`:
-files of the command. Each part writes bench/results/additive-PART.md.
+`layers`: every convolution of resnet20_cifar10 at 2 and 3 bits, books shared by the network and their bytes counted.
+`ablation`: the same network at 2 bits, one part of the solver after another; the books of the network, a stage or a
+layer, at about equal bytes; lengths of vectors and numbers of books. `speed`: seconds a million weights, beside the
+residual and local-search quantizers of faiss on the same vectors (needs `pip install faiss-cpu`). `networks`: files of
+the command; `finetuned`: files under a target, then trained towards the dense network. Each part writes
+bench/results/additive-PART.md; the last two keep the lines that they do not measure.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,6 +58,12 @@ FILES = {
         "imagenet_val",
         ("--method additive --bits 3 --sequential",),
     ),
+}
+
+
+TUNED = {  # network: (calibration, test, training data, (target, epochs) ...)
+    "resnet20_cifar10": (CALIBRATION, TEST, "cifar10_train10k", (("71kB", 10),)),
+    "resnet20_cifar100": ("cifar100_calibration", "cifar100_test", "cifar100_train", (("15.3x", 8), ("7.2x", 4))),
 }
 
 
@@ -290,22 +299,55 @@ def speed(bed: Bed) -> str:
     return "\n".join(rows) + "\n"
 
 
-def networks(zoo: Path) -> str:
-    rows = [
+def networks(zoo: Path, only: list[str] | None) -> None:
+    head = [
         "| network | settings | file bytes | smaller | top-1 before | after | time |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for name, (calibration, test, every) in FILES.items():
+        for name in only or FILES:
+            calibration, test, every = FILES[name]
             for settings in every:
                 x = measure(zoo, name, calibration, test, settings, Path(folder) / "small.fw")
-                rows.append(
+                row = (
                     f"| {name} | `{settings}` | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x | "
                     f"{x['before']:.2f} | {x['after']:.2f} | {x['compress_s']:.0f} s |"
                 )
-                print(rows[-1], flush=True)
-                write("networks", "\n".join(rows) + "\n")
-    return "\n".join(rows) + "\n"
+                print(row, flush=True)
+                keep_row("networks", head, row)
+
+
+def finetuned(zoo: Path, only: list[str] | None) -> None:
+    """A file under a target, then the same file finetuned."""
+    head = ["| network | target | file bytes | smaller | top-1 before | file | epochs | finetuned | bytes | time |"]
+    head.append("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    with tempfile.TemporaryDirectory() as folder:
+        small, tuned = Path(folder) / "small.fw", Path(folder) / "tuned.fw"
+        for name in only or TUNED:
+            calibration, test, train, every = TUNED[name]
+            for target, epochs in every:
+                x = measure(zoo, name, calibration, test, f"--target {target}", small)
+                command = [sys.executable, "-m", "featherweight", "finetune", str(small), "-o", str(tuned), "--json"]
+                command += ["--model", f"{zoo}:{name}", "--train", f"{zoo}:{train}", "--test", f"{zoo}:{test}"]
+                command += ["--epochs", str(epochs), "--precision", "bf16"]
+                start = time.perf_counter()
+                done = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                took = time.perf_counter() - start
+                row = (
+                    f"| {name} | {target} | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x | "
+                    f"{x['before']:.2f} | {x['after']:.2f} | {epochs} of {train} | {done['after']['top1']:.2f} | "
+                    f"{tuned.stat().st_size:,} | {x['compress_s']:.0f} + {took:.0f} s |"
+                )
+                print(row, flush=True)
+                keep_row("finetuned", head, row)
+
+
+def keep_row(part: str, head: list[str], row: str) -> None:
+    """Put a line into a table, in place of the one with the same first two cells."""
+    path = RESULTS / f"additive-{part}.md"
+    kept = path.read_text().splitlines()[2:] if path.exists() else []
+    same = row.split("|")[1:3]
+    write(part, "\n".join([*head, *(r for r in kept if r.split("|")[1:3] != same), row]) + "\n")
 
 
 def write(part: str, text: str) -> None:
@@ -314,12 +356,15 @@ def write(part: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("layers", "ablation", "speed", "networks"))
+    parser.add_argument("parts", nargs="+", choices=("layers", "ablation", "speed", "networks", "finetuned"))
+    parser.add_argument("--only", action="append", help="networks of `networks` and `finetuned`")
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
     options = parser.parse_args()
     if "networks" in options.parts:
-        networks(options.zoo)
-    rest = [p for p in options.parts if p != "networks"]
+        networks(options.zoo, options.only)
+    if "finetuned" in options.parts:
+        finetuned(options.zoo, options.only)
+    rest = [p for p in options.parts if p not in ("networks", "finetuned")]
     bed = Bed.of(options.zoo) if rest else None
     for part in rest:
         assert bed is not None

@@ -217,6 +217,9 @@ def distance(line: dict[str, Any]) -> float:
 def tables(content: dict[str, Any]) -> str:
     """Markdown."""
     rows = []
+    alike: dict[str, list[dict[str, Any]]] = {}  # settings that are the same for all layers, of the table of README.md
+    for x in json.loads((RESULTS / "networks.json").read_text())["lines"]:
+        alike.setdefault(x["network"], []).append(x)
     if content.get("prediction"):
         rows += ["Spearman correlation between prediction and accuracy lost, over random policies:", ""]
         rows += ["| network | policies | top-1 | " + " | ".join(PREDICTIONS) + " |", "|---|--:|---|--:|--:|--:|"]
@@ -243,7 +246,8 @@ def tables(content: dict[str, Any]) -> str:
             for target in dict.fromkeys(x["target"] for x in lines if x["target"]):
                 own = {x["among"]: x for x in lines if x["target"] == target}
                 limit = lines[0]["fp32_bytes"] / float(target.removesuffix("x"))
-                fitting = [x for x in lines if x["among"] == "uniform" and x["file_bytes"] <= limit]
+                same = [x for x in lines if x["among"] == "uniform"] + alike.get(network, [])
+                fitting = [x for x in same if x["file_bytes"] <= limit]
                 best = max(fitting, key=lambda x: x["after"], default=None)
                 four = [*(own.get(a) for a in AMONG), best]
                 cells = [f"{x['after']:.2f}" if x else "-" for x in four]

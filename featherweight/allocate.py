@@ -167,12 +167,13 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
             progress("search", done, total)
             return True
 
-        found = search(task, lambda choices: judge(allocator.each(choices)), most, told)
+        spare = 1 if allocator.cuts() and most > 1 else 0  # for what comes after
+        found = search(task, lambda choices: judge(allocator.each(choices)), most - spare, told)
         known = math.isfinite(found.loss)
         choices, first, measured = found.choices, found.first if known else None, found.loss if known else None
         policies, pruned, trust = found.measured, found.pruned, np.array(found.trust)
         unused = frozenset(allocator.cuts()) - frozenset(allocator.cuts(choices))
-        if unused and known:  # the search kept bytes free for their books
+        if unused and known and policies < most:  # the search kept bytes free for their books
             other = allocator.closed(limits, unused)
             again = other.weighted(pruned).solve(trust)
             loss = float(judge(allocator.each(again)).mean())
