@@ -335,7 +335,7 @@ def finetuned(zoo: Path, only: list[str] | None) -> None:
                 took = time.perf_counter() - start
                 row = (
                     f"| {name} | {target} | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x | "
-                    f"{x['before']:.2f} | {x['after']:.2f} | {epochs} of {train} | {done['after']['top1']:.2f} | "
+                    f"{x['before']:.2f} | {x['after']:.2f} | {epochs} of {train} | {done['top1']:.2f} | "
                     f"{tuned.stat().st_size:,} | {x['compress_s']:.0f} + {took:.0f} s |"
                 )
                 print(row, flush=True)
