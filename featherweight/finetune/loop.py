@@ -1,7 +1,8 @@
 """Train what is continuous in a compressed network towards the dense one.
 
-Codes, masks and indices stay as they are; the stored numbers behind them (scales, kept fp16 values), and the biases,
-norm weights and other parameters that were not compressed are trained through the weights' own decoding. The loss is
+Codes, masks and indices stay as they are, unless codes of vectors are asked to move; the stored numbers behind them
+(scales, books, kept fp16 values), and the biases, norm weights and other parameters that were not compressed are
+trained through the weights' own decoding. The loss is
 the distance to the dense network's outputs (distillation: Hinton et al., 1503.02531, at temperature 1), with labels the
 cross-entropy beside it. The network stays in eval mode: BatchNorm keeps its corrected statistics, so a few epochs on a
 little data cannot spoil them.
@@ -54,7 +55,7 @@ def train(
             of something else.
     """
     ranks, device = Ranks.now(), device_of(small)
-    variables = Variables.of(small, units, weights)
+    variables = Variables.of(small, units, weights, how.moves)
     steps = [v.step for v in variables.all()]
     optimizer = torch.optim.Adam([{"params": [v.step], "pace": v.pace} for v in variables.all()], lr=how.learning_rate)
     path = None if how.checkpoint is None else Path(how.checkpoint)

@@ -16,7 +16,8 @@ class Finetune:
     """data: training inputs, as `compress` takes them; a Dataset is shuffled every epoch, anything else read again.
     learning_rate: of Adam, relative to the root mean square of every tensor, falling to zero as a cosine. labels: share
     of the loss that is cross-entropy with the data's labels. precision: what both networks run in; the loss and what is
-    trained are at least float32. checkpoint: a file that keeps the state, so that a killed run goes on."""
+    trained are at least float32. moves: whether codes of vectors may change, too. checkpoint: a file that keeps the
+    state, so that a killed run goes on."""
 
     data: Any
     epochs: int = 5
@@ -26,6 +27,7 @@ class Finetune:
     seed: int = 0
     precision: Precision = "fp32"
     checkpoint: str | Path | None = None
+    moves: bool = False
 
     def __post_init__(self) -> None:
         require(type(self.epochs) is int and self.epochs > 0, "epochs must be a whole number above 0", self.epochs)

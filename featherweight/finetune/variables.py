@@ -15,7 +15,7 @@ from featherweight.artifact import StoredUnit
 from featherweight.data import device_of
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
-from featherweight.weights import Weight
+from featherweight.weights import Weight, vectors_of
 
 T = TypeVar("T")
 
@@ -66,16 +66,24 @@ class Variable:
 class Variables:
     """inner: those in weights, by the identity of the tensor they start from; outer: of parameters, by name. fixed: all
     other tensors of the weights on the network's device, by the identity of the original. A weight is trained by
-    putting new tensors for old ones."""
+    putting new tensors for old ones.
+
+    latent: for weights made of vectors whose codes may change, by unit name, a matrix that starts as the decoded one.
+    Codes are those of the words nearest to it, and it gets the gradient of the decoded matrix (a straight-through
+    estimator: Bengio et al., 1308.3432), so a code changes where the loss pulls its vector far enough for long enough.
+    """
 
     units: Sequence[Unit | StoredUnit]
     weights: Mapping[str, Weight]
     inner: dict[int, Variable]
     outer: dict[str, Variable]
     fixed: dict[int, Tensor]
+    latent: dict[str, Variable]
 
     @classmethod
-    def of(cls, small: nn.Module, units: Sequence[Unit | StoredUnit], weights: Mapping[str, Weight]) -> "Variables":
+    def of(
+        cls, small: nn.Module, units: Sequence[Unit | StoredUnit], weights: Mapping[str, Weight], moves: bool = False
+    ) -> "Variables":
         """Of a network with `weights` (by their units' first name) in place."""
         device = device_of(small)
         held: dict[int, Tensor] = {}
@@ -100,25 +108,46 @@ class Variables:
             for n, p in small.named_parameters()
             if n not in compressed and p.is_floating_point() and bool(torch.isfinite(p).all())
         }
-        return cls(units, weights, inner, outer, fixed)
+        made = {n: w for n, w in weights.items() if moves and vectors_of(w) is not None}
+        latent = {n: Variable.of(n, w.dense(), 1.0, device) for n, w in made.items()}
+        return cls(units, weights, inner, outer, fixed, latent)
 
     def all(self) -> list[Variable]:
-        return [*self.inner.values(), *self.outer.values()]
+        return [*self.inner.values(), *self.outer.values(), *self.latent.values()]
 
     def state(self, small: nn.Module) -> dict[str, Tensor]:
         """The network's parameters as they are now, by name, differentiable in the steps."""
         table = self.fixed | {key: v.now() for key, v in self.inner.items()}
         state = {n: v.now().to(v.dtype) for n, v in self.outer.items()}
         for unit in self.units:
-            weight = mapped(self.weights[unit.names[0]], lambda t: table[id(t)])
-            state[unit.names[0]] = unit.view.tensor(weight.dense()).to(small.get_parameter(unit.names[0]))
+            name = unit.names[0]
+            matrix = self._moved(name, mapped(self.weights[name], lambda t: table[id(t)])).dense()
+            if name in self.latent:
+                free = self.latent[name].now()
+                matrix = matrix + (free - free.detach())
+            state[name] = unit.view.tensor(matrix).to(small.get_parameter(name))
         return state
+
+    @torch.no_grad()
+    def _moved(self, name: str, weight: Weight) -> Weight:
+        """With the codes nearest to the latent matrix, where there is one."""
+        if name not in self.latent:
+            return weight
+        own = vectors_of(weight)
+        assert own is not None
+        codes = own.nearest(self.latent[name].now())
+        return mapped(weight, lambda t: codes if t is own.codes else t)
 
     @torch.no_grad()
     def finish(self, small: nn.Module) -> dict[str, Weight]:
         """The new weights, put into the network with the other parameters."""
         table = {key: v.result().cpu() for key, v in self.inner.items()}
         found = {name: mapped(w, lambda t: table.get(id(t), t)) for name, w in self.weights.items()}
+        for name in self.latent:
+            own = vectors_of(found[name])
+            assert own is not None
+            codes = own.nearest(self.latent[name].now().cpu())
+            found[name] = mapped(found[name], lambda t, old=own.codes, new=codes: new if t is old else t)
         for name, variable in self.outer.items():
             small.get_parameter(name).copy_(variable.result())
         for unit in self.units:

@@ -14,10 +14,16 @@ from featherweight.weights.sparse import Sparse as Sparse
 KINDS: tuple[type[Weight], ...] = (Dense, Grid, Sparse, Codebook)
 
 
+def vectors_of(weight: Weight) -> Codebook | None:
+    """The weight, or the values of a sparse one, where they are made of vectors from books."""
+    inner = weight.values if isinstance(weight, Sparse) else weight
+    return inner if isinstance(inner, Codebook) else None
+
+
 def books_of(weight: Weight) -> tuple[Tensor, ...]:
     """The tensors of a weight that other weights may share, which `tensors()` leaves out."""
-    inner = weight.values if isinstance(weight, Sparse) else weight
-    return inner.books if isinstance(inner, Codebook) else ()
+    inner = vectors_of(weight)
+    return () if inner is None else inner.books
 
 
 def united(weights: Mapping[str, Weight]) -> dict[str, Weight]:

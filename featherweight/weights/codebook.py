@@ -104,12 +104,7 @@ class Codebook:
         return self.scale.shape[0], self.cols
 
     def dense(self) -> Tensor:
-        codes = self.codes.int()
-        parts = (torch.nn.functional.embedding(codes[:, :, m], b.float()) for m, b in enumerate(self.books))
-        total = next(parts)
-        for part in parts:  # in this order: float32 sums are rounded
-            total = total + part
-        entries = self.scale.float() * total.flatten(1)
+        entries = self.scale.float() * self._sums().flatten(1)
         if self.keep is None and self.taps == 1:
             return entries[:, : self.cols]
         order = entry_order(self.cols, self.taps).to(entries.device)
@@ -119,6 +114,37 @@ class Codebook:
         first = torch.arange(entries.shape[1], device=entries.device) < stored.sum(dim=1, keepdim=True)
         out = entries.new_zeros(self.shape).masked_scatter(stored, entries[first])
         return out[:, order.argsort()]
+
+    def nearest(self, matrix: Tensor) -> Tensor:
+        """Codes like `codes`, of words nearer to the vectors of a (rows, cols) matrix where there are some: book after
+        book, each for what the books before it left."""
+        scale = torch.where(self.scale == 0, 1.0, self.scale.float())
+        order = entry_order(self.cols, self.taps)
+        if self.keep is None:
+            entries = torch.nn.functional.pad(matrix[:, order.to(matrix.device)], (0, -self.cols % self.d))
+            real = torch.arange(entries.shape[1], device=matrix.device) < self.cols
+        else:
+            place = places(self.keep, self.d, self.taps).to(matrix.device)
+            entries, real = matrix.gather(1, place.clamp(min=0)), place >= 0
+        now = self._sums().to(matrix.device)
+        wanted = torch.where(real, entries.float() / scale.to(matrix.device), now.flatten(1)).reshape(-1, self.d)
+        left, found = wanted, []
+        for book in self.books:
+            words = book.float().to(matrix.device)
+            found.append((words.square().sum(dim=1) - 2 * left @ words.T).argmin(dim=1))
+            left = left - words[found[-1]]
+        codes = torch.stack(found, dim=-1).to(torch.int16).reshape(self.codes.shape)
+        nearer = left.square().sum(dim=1) < (wanted - now.reshape(-1, self.d)).square().sum(dim=1)
+        return torch.where(nearer.reshape(*codes.shape[:2], 1), codes, self.codes.to(codes.device))
+
+    def _sums(self) -> Tensor:
+        """(rows, vectors, d), the sums of the words."""
+        codes = self.codes.int()
+        parts = (torch.nn.functional.embedding(codes[:, :, m], b.float()) for m, b in enumerate(self.books))
+        total = next(parts)
+        for part in parts:  # in this order: float32 sums are rounded
+            total = total + part
+        return total
 
     def bits(self) -> int:
         return payload_bits(self.tensors())
