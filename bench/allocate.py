@@ -81,7 +81,7 @@ TARGETS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 AMONG = ("both", "quantize", "prune")
-TUNED = "--finetune 5 --train {zoo}:cifar10_train10k"
+TUNED = "--finetune 5 --train {zoo}:cifar10_train10k --precision bf16"
 OPERATIONS = (
     "--target-macs 0.5x",
     f"--target-macs 0.5x {TUNED}",
