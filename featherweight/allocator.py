@@ -250,13 +250,22 @@ class Allocator:
         """Like `task`, without candidates of these vectors."""
         budgets = list(limits)
         menus = self.menus(budgets, without)
-        choices, task, safe = self.cheapest(budgets[0], without), None, None
+        opened = frozenset(self.cuts()) - without
+        choices = self._made_of(opened) if opened else self.cheapest(budgets[0], without)
+        plain = self.cheapest(budgets[0], frozenset(self.cuts()))  # a file without books has a larger header
+        task, safe, over, largest = None, None, 0, 0
         linear = bool(self.coupled)
         for turn in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
-            over = self._rest(choices) + MARGIN if "bytes" in limits else 0
-            rest = {"bytes": over, "latency": self.overhead}
+            used = self.cuts(choices)
+            if "bytes" in limits and (used or not opened):
+                unused = sum(c.storage for c in opened - set(used))  # of books that another policy may need
+                over = self._rest(choices) + unused + MARGIN
+            largest = max(largest, over)
+            rest = {"bytes": over if turn < SETTLING - 1 else largest, "latency": self.overhead}
             inner = {b: limits[b] - rest.get(b, 0) for b in budgets}
             meets = self._meets(inner) if linear else None
+            if opened and "bytes" in limits:
+                meets = self._meets(inner, max(self._rest(plain) + MARGIN - over, 0))
             if meets is not None and meets(choices):
                 safe = choices
             if linear and turn > 0:  # at first every unit pays for all its rows, which is more than the truth
@@ -275,12 +284,28 @@ class Allocator:
         assert task is not None
         return task
 
+    def _made_of(self, cuts: Cuts) -> Choices:
+        """For every unit the smallest candidate that is made of such vectors, where there is one."""
+        found = []
+        for group in self.groups:
+            rows = self.candidates[self.found.units[group[0]].name]
+            made = [k for k, c in enumerate(rows) if _cut(c) in cuts] or range(len(rows))
+            found.append(min(made, key=lambda k: rows[k].bytes))
+        return tuple(found)
+
     def _rest(self, choices: Choices) -> int:
         """Bytes of the file that are not the weights'."""
         return self.size(choices) - self.costs(choices, ["bytes"])["bytes"]
 
-    def _meets(self, limits: Mapping[str, int]) -> Callable[[Choices], bool]:
-        return lambda choices: all(c <= limits[b] for b, c in self.costs(choices, list(limits)).items())
+    def _meets(self, limits: Mapping[str, int], bookless: int = 0) -> Callable[[Choices], bool]:
+        """bookless: bytes that a policy without any book costs more."""
+
+        def meets(choices: Choices) -> bool:
+            more = 0 if not bookless or self.cuts(choices) else bookless
+            costs = self.costs(choices, list(limits))
+            return all(c + (more if b == "bytes" else 0) <= limits[b] for b, c in costs.items())
+
+        return meets
 
     def front(self, budget: str, pruned: float = 1.0) -> list[tuple[Choices, Point]]:
         """Every policy that is optimal for what it costs, by the score, with that of removed weights multiplied; from

@@ -182,7 +182,7 @@ def test_a_target_below_the_floor_names_the_floor(solved):
         ({"target": "much"}, "a target is"),
         ({"bops": "2x"}, "at most the dense"),
         ({"macs": "10 potatoes"}, "a target for MACs is"),
-        ({"target": "5x", "among": "all"}, "among must be"),
+        ({"target": "5x", "among": "everything"}, "among must be"),
         ({"target": "5x", "measurements": 0}, "measurements must be"),
         ({"target": "5x", "score": "guessed"}, "score must be"),
     ],
@@ -360,7 +360,7 @@ def test_multiplications_and_bytes_together():
     assert small.report.file_bytes <= found.limits["bytes"]
     assert found.macs <= found.limits["macs"]
     assert any("bit" in r.method for r in small.report.rows)
-    with pytest.raises(UsageError, match="grids leave all"):
+    with pytest.raises(UsageError, match="grids and books leave all"):
         goal(macs="0.5x", among="quantize")
 
 

@@ -66,7 +66,7 @@ def test_settings_name_methods(settings, expected):
         ({"bits": 4, "group": -1}, "group"),
         ({"bit": 4}, "unknown setting 'bit'"),
         ({"method": "obq", "bits": 4, "quantizer": "gptq"}, "no setting .quantizer."),
-        ({"sparsity": 0.5, "bits": 4, "quantizer": "rtn"}, "gptq or obq"),
+        ({"sparsity": 0.5, "bits": 4, "quantizer": "rtn"}, "gptq, obq or additive"),
     ],
 )
 def test_wrong_settings_are_named(settings, said):
