@@ -20,7 +20,7 @@ from featherweight.finetune.variables import Variables, continuous, mapped
 from featherweight.layers import scan
 from featherweight.methods import Gptq, GridSpec, Obs, PruneQuantize, Unstructured
 from featherweight.repair.distance import output_distance
-from featherweight.weights import Dense, Grid, Sparse
+from featherweight.weights import Codebook, Dense, Grid, Sparse
 from tests.nets import images, tiny
 
 
@@ -275,3 +275,29 @@ def test_the_rate_rises_falls_and_is_never_0():
     assert whole[9:] == sorted(whole[9:], reverse=True)
     assert min(whole) > 0
     assert max(whole) > 0.99
+
+
+def test_codes_move_to_nearer_words_and_stay_where_none_is_nearer():
+    books = (torch.tensor([[0.0, 0.0], [1.0, 1.0], [4.0, 4.0], [-4.0, 0.0]]).half(),)
+    codes = torch.tensor([[[1], [2]], [[0], [3]]], dtype=torch.int16)
+    own = Codebook(codes, books, torch.tensor([[2.0], [0.5]]).half(), 3)  # the last vector of a row has a surplus entry
+    assert torch.equal(own.nearest(own.dense()), codes)
+    wanted = own.dense().clone()
+    wanted[0, :2] = torch.tensor([7.0, 7.0])  # 3.5 times the words, nearer to (4, 4)
+    assert own.nearest(wanted).flatten().tolist() == [2, 2, 0, 3]
+
+
+def test_moving_codes_lower_the_loss_and_keep_the_size():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).requires_grad_(False).eval()
+    x = torch.randn(256, 8)
+    artifact = fw.compress(dense, x, method=fw.Additive(fw.Vectors(2, (3,)))).artifact
+    how = fw.Finetune(x, epochs=12, batch_size=32, learning_rate=1e-2)
+    still, moved = (fw.finetune(artifact, dense, replace(how, moves=m)) for m in (False, True))
+    before, after = ({u.names[0]: u.weight for u in t.artifact.units} for t in (still, moved))
+    changed = sum(int((before[n].codes != after[n].codes).sum()) for n in before if isinstance(before[n], Codebook))
+    assert changed > 0
+    assert moved.trained.losses[-1] < still.trained.losses[-1]
+    assert {n: w.bits() for n, w in before.items()} == {n: w.bits() for n, w in after.items()}
+    first = {id(b) for w in after.values() if isinstance(w, Codebook) for b in w.books}
+    assert len(first) == 1
