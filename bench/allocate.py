@@ -10,8 +10,8 @@ the search measures it)
 against the accuracy over the whole test set after the correction: Spearman correlations and a scatter plot.
 
 `targets`: the files of `compress --target` by what may be chosen from, and the largest uniform setting that is not
-larger, each read back in a fresh process. `operations`: half the multiplications, two thirds of the time, and twelve
-times smaller, with and without finetuning. All write to bench/results/allocate.json and .md.
+larger, each read back in a fresh process. `operations`: half the multiplications, and twelve times smaller, with and
+without finetuning. All write to bench/results/allocate.json and .md.
 """
 
 import argparse
@@ -87,7 +87,6 @@ OPERATIONS = (
     f"--target-macs 0.5x {TUNED}",
     "--target 12x",
     f"--target 12x {TUNED}",
-    "--target-latency 0.67x",
 )
 
 
