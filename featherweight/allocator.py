@@ -312,8 +312,14 @@ class Allocator:
         small to large."""
         task = Task(self.menus([budget]), (), self.removing()).weighted(pruned)
         policies = front(task.menus)
-        over = self._rest(policies[0].choices)
-        return [(p.choices, Point(over + self.costs(p.choices, ["bytes"])["bytes"], p.loss)) for p in policies]
+        rests: dict[Cuts, int] = {}
+        points = []
+        for p in policies:
+            used = frozenset(self.cuts(p.choices))
+            if used not in rests:
+                rests[used] = self._rest(p.choices)
+            points.append((p.choices, Point(rests[used] + self.costs(p.choices, ["bytes"])["bytes"], p.loss)))
+        return points
 
 
 def _cut(candidate: Candidate) -> Vectors | None:

@@ -51,19 +51,20 @@ def load_packed(path: str | Path, into: M) -> M:
 def keep_packed(model: M, artifact: Artifact) -> M:
     """Like `load_packed`, of a file's contents."""
     fill(model, artifact)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for unit in artifact.units:
         first: Packed | None = None
         for name in unit.names:
             owner, _, attribute = name.rpartition(".")
             module = modules[owner]
-            filled = module._parameters[attribute]
-            assert filled is not None
+            filled = module._parameters.get(attribute)
+            if filled is None:  # the same module under another name
+                continue
             first = first or Packed(unit.weight, unit.view, filled)
             del module._parameters[attribute]
             module.add_module(f"packed_{attribute}", first)
             _as_property(module, attribute)
-    for module in modules.values():
+    for module in model.modules():
         if isinstance(module, nn.RNNBase) and any(n.startswith("packed_") for n in module._modules):
             module._flat_weights = []
             module.register_forward_pre_hook(_filled)

@@ -3,6 +3,7 @@
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,7 +195,7 @@ def _nothing_left(given: dict[str, Any], method: str) -> None:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise UsageError(f"{name} must be a number of at least 0, got {value!r}")
     return float(value)
 
@@ -266,16 +267,22 @@ def assign(recipe: Recipe, found: Scan) -> dict[str, Method]:
     Raises:
         UsageError: an override matches no unit.
     """
-    chosen = {u.name: recipe.method for u in found.units} | overridden(recipe, found)
+    chosen = {u.name: recipe.method for u in found.units} | _overrides(recipe, found)
     return in_common({u.name: settled(chosen[u.name], u) for u in found.units}, found.units)
 
 
 def overridden(recipe: Recipe, found: Scan) -> dict[str, Method]:
-    """The methods of the units that an override matches, by unit name.
+    """The methods of the units that an override matches, by unit name, as they are solved beside a target.
 
     Raises:
         UsageError: an override matches no unit.
     """
+    chosen = _overrides(recipe, found)
+    units = [u for u in found.units if u.name in chosen]
+    return chosen | {u.name: with_additive(chosen[u.name], spec) for u, spec in _cut(chosen, units).items()}
+
+
+def _overrides(recipe: Recipe, found: Scan) -> dict[str, Method]:
     chosen: dict[str, Method] = {}
     for override in recipe.overrides:
         chosen |= {u.name: override.method for u in matching(override.pattern, found.units)}
@@ -297,20 +304,14 @@ def in_common(methods: Mapping[str, Method], units: Sequence[Unit]) -> dict[str,
     smallest weights get grids of 8 bits, as long as that costs a small SHARE; rows too short for vectors other
     grids."""
     found, costs = dict(methods), {}
-    own = {u: spec for u in units if (spec := additive_of(methods[u.name])) is not None}
+    own = _cut(methods, units)
     payload = sum(spec.rate * u.params / 8 for u, spec in own.items())
     for u, spec in own.items():
-        weights = sum(
-            v.params for v, other in own.items() if (other.vectors, other.share) == (spec.vectors, spec.share)
-        )
-        groups = {"stage": f"stage {u.name.partition('.')[0]}", "layer": f"layer {u.name}"}
-        settled = replace(spec.for_weights(weights), share=groups.get(spec.share, spec.share))
-        method = methods[u.name]
-        found[u.name] = replace(method, quantize=settled) if isinstance(method, PruneQuantize) else settled
-        if not isinstance(method, PruneQuantize):
+        found[u.name] = with_additive(methods[u.name], spec)
+        if not isinstance(methods[u.name], PruneQuantize):
             rows, cols = u.view.matrix_shape
-            costs[u] = Obq(FINE).storage((rows, cols)) - settled.storage((rows, cols))
-            if cols < NARROW * settled.cut(weights).d:
+            costs[u] = Obq(FINE).storage((rows, cols)) - spec.storage((rows, cols))
+            if cols < NARROW * spec.cut(0).d:
                 found[u.name] = Obq(GridSpec(min(math.ceil(spec.rate) + 1, 8)))
     spent = 0
     for u in sorted(costs, key=costs.__getitem__):
@@ -319,6 +320,23 @@ def in_common(methods: Mapping[str, Method], units: Sequence[Unit]) -> dict[str,
             break
         found[u.name] = Obq(FINE)
     return found
+
+
+def _cut(methods: Mapping[str, Method], units: Sequence[Unit]) -> dict[Unit, Additive]:
+    """What is additive, with the name of those who share books, and vectors that suit all of their weights."""
+    own = {u: spec for u in units if (spec := additive_of(methods[u.name])) is not None}
+    for u, spec in own.items():
+        groups = {"stage": f"stage {u.name.partition('.')[0]}", "layer": f"layer {u.name}"}
+        own[u] = replace(spec, share=groups.get(spec.share, spec.share))
+    weights: Counter[Additive] = Counter()
+    for u, spec in own.items():
+        weights[spec] += u.params
+    return {u: spec.for_weights(weights[spec]) for u, spec in own.items()}
+
+
+def with_additive(method: Method, own: Additive) -> Method:
+    """The same method, storing vectors like that."""
+    return replace(method, quantize=own) if isinstance(method, PruneQuantize) else own
 
 
 def input_bits(recipe: Recipe, found: Scan) -> dict[str, int]:

@@ -11,6 +11,7 @@ from featherweight.methods import Additive, Method, PruneQuantize
 from featherweight.methods.additive import additive_of
 from featherweight.methods.books import Books, fit
 from featherweight.methods.vectors import Layer
+from featherweight.recipe import with_additive
 from featherweight.solve import Progress
 from featherweight.stats import LayerStats
 
@@ -42,13 +43,9 @@ def fitted(
 
     def done(method: Method) -> Method:
         spec = additive_of(method)
-        return method if spec is None or spec.books else _with(method, replace(spec, books=found[spec]))
+        return method if spec is None or spec.books else with_additive(method, replace(spec, books=found[spec]))
 
     return {name: [done(m) for m in own] for name, own in methods.items()}
-
-
-def _with(method: Method, own: Additive) -> Method:
-    return replace(method, quantize=own) if isinstance(method, PruneQuantize) else own
 
 
 def _layer(net: nn.Module, unit: Unit, stats: LayerStats, method: Method, spec: Additive) -> Layer:

@@ -69,3 +69,20 @@ def test_what_is_held_is_what_is_stored(tmp_path):
     held = sum(t.numel() * t.element_size() for t in payload)
     left = sum(p.numel() * 4 for p in packed.parameters())
     assert held + left < 1.05 * (tmp_path / "small.fw").stat().st_size
+
+
+def test_a_module_under_two_names(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.a = self.b = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    x = torch.randn(32, 8)
+    fw.compress(Twice().eval(), x, method=Gptq(GridSpec(4))).save(tmp_path / "small.fw")
+    decoded, packed = (load(tmp_path / "small.fw", into=Twice()) for load in (fw.load, fw.load_packed))
+    with torch.no_grad():
+        assert torch.equal(decoded(x), packed(x))

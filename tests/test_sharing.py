@@ -9,8 +9,9 @@ from featherweight.artifact import read
 from featherweight.demo import digits
 from featherweight.errors import UsageError
 from featherweight.layers import scan
-from featherweight.methods import Additive, Obq, PruneQuantize, Vectors
-from featherweight.recipe import Recipe, assign, method_of, recipe_of
+from featherweight.methods import Additive, GridSpec, Obq, PruneQuantize, Vectors
+from featherweight.methods.books import vectors_of
+from featherweight.recipe import Override, Recipe, assign, method_of, recipe_of
 from featherweight.target import Goal
 from featherweight.weights import Codebook, Sparse, books_of
 
@@ -164,3 +165,31 @@ def test_pruned_and_additive_by_settings():
     method = method_of({"sparsity": 0.5, "bits": 2, "quantizer": "additive", "method": "obs"})
     assert isinstance(method, PruneQuantize)
     assert method.label == "obs 50% + additive 2 bit"
+
+
+def test_books_are_as_large_as_suits_those_who_share_them():
+    found = scan(digits.make())
+    cuts = {
+        share: {n: m.vectors for n, m in assign(Recipe(Additive(2.0, share)), found).items() if isinstance(m, Additive)}
+        for share in ("network", "layer")
+    }
+    weights = {u.name: u.params for u in found.units}
+    assert all(cut == vectors_of(2, weights[n]) for n, cut in cuts["layer"].items())
+    assert set(cuts["network"].values()) == {vectors_of(2, sum(weights[n] for n in weights))}
+
+
+def test_an_additive_override_holds_beside_a_target(data):
+    recipe = Recipe(Obq(GridSpec(4)), (Override("block*", Additive(2.0)),))
+    small = fw.compress(digits.make(), data, recipe=recipe, target=Goal("10x", among="quantize", measurements=2))
+    made = {u.names[0]: u.weight for u in small.artifact.units if isinstance(u.weight, Codebook)}
+    assert len(made) == 4
+    assert all(n.startswith("block") for n in made)
+    assert len(books(small.artifact)) == 1
+    weights = sum(u.params for u in scan(digits.make()).units if u.name in made)
+    assert {w.d for w in made.values()} == {vectors_of(2, weights).d}
+
+
+@pytest.mark.parametrize("vectors", [Vectors(0, (4,)), Vectors(65, (4,)), Vectors(4, ()), Vectors(4, (13,))])
+def test_vectors_that_no_file_can_hold(vectors):
+    with pytest.raises(UsageError, match="must"):
+        Additive(vectors)

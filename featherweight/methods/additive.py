@@ -22,7 +22,7 @@ from featherweight.methods.vectors import Layer, encode
 from featherweight.stats import LayerStats
 from featherweight.weights import Codebook, Sparse
 from featherweight.weights.base import float_type
-from featherweight.weights.codebook import MOST_BITS, MOST_BOOKS
+from featherweight.weights.codebook import LONGEST, MOST_BITS, MOST_BOOKS
 
 WIDTH = 8  # beginnings of a row
 NARROW = 4  # vectors that a row must have
@@ -45,6 +45,7 @@ class Additive:
 
     def __post_init__(self) -> None:
         v = self.vectors if isinstance(self.vectors, Vectors) else vectors_of(self.vectors, 0)
+        require(1 <= v.d <= LONGEST, f"vectors must have 1 to {LONGEST} weights", v.d)
         require(1 <= len(v.bits) <= MOST_BOOKS, f"there must be 1 to {MOST_BOOKS} books", len(v.bits))
         require(all(1 <= b <= MOST_BITS for b in v.bits), f"codes must have 1 to {MOST_BITS} bits", v.bits)
         require(0 <= self.damp < math.inf, "damp must be at least 0", self.damp)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from featherweight.errors import UsageError
 from featherweight.methods.vectors import Layer, descend, first_codes, fitted, power
-from featherweight.weights.codebook import MOST_BITS
+from featherweight.weights.codebook import MOST_BITS, nearest_words
 
 LENGTH = 8  # of a vector, at most
 SHARE = 0.04  # of the weights' bytes that a book may take
@@ -80,8 +80,9 @@ class Books:
 def fit(layers: Sequence[Layer], vectors: Vectors, seed: int = 0) -> Books:
     """Books for all layers together. Their words have a mean square of 1 where all are used alike."""
     random = np.random.default_rng(seed)
-    layers = _sampled(layers, vectors.d, random)
-    weights = [1 / max(float(x.energy(x.w).sum()), 1e-300) for x in layers]
+    some = [x for x in layers if float(x.energy(x.w).sum()) > 0]  # a layer of zeros says nothing
+    layers = _sampled(some or layers, vectors.d, random)
+    weights = [1 / (float(x.energy(x.w).sum()) or 1.0) for x in layers]
     scales = [power(x) for x in layers]
     words = _start(layers, scales, vectors, random)
     codes = [first_codes(x, s, words, 1) for x, s in zip(layers, scales, strict=True)]
@@ -133,7 +134,7 @@ def _start(
             warnings.simplefilter("ignore")  # of words that no vector is nearest to: they stay where they are
             mean, _ = kmeans2(many.numpy(), 2**bits, iter=15, minit="points", rng=random)
         words.append(torch.from_numpy(mean))
-        x = x - words[-1][torch.cdist(x, words[-1]).argmin(dim=1)]
+        x = x - words[-1][nearest_words(x, words[-1])]
     return words
 
 

@@ -7,7 +7,6 @@ with a vector in place of a column; then by coordinate descent over the vectors,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import final
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from featherweight._linalg import damped_cholesky, inverse_factor
 from featherweight.methods._vectors import descend_vectors, feedback_vectors
-from featherweight.weights.codebook import entry_order, places
+from featherweight.weights.codebook import entry_order, nearest_words, places
 
 SWEEPS = 4  # of coordinate descent between two fits of the scales
 TURNS = 6  # fits of the scales, at most
@@ -143,8 +142,7 @@ def nearest(layer: Layer, scale: Tensor, books: Sequence[Tensor]) -> Tensor:
     codes = []
     for book in books:
         words = book.double()
-        score = words.square().sum(dim=1) - 2 * left @ words.T
-        codes.append(score.argmin(dim=1).int())
+        codes.append(nearest_words(left, words).int())
         left = left - words[codes[-1].long()]
     return torch.stack(codes, dim=1).reshape(rows, -1, len(books))
 
@@ -177,7 +175,6 @@ def _scales(layer: Layer, scale: Tensor, vectors: int) -> Tensor:
     return _nonzero(scale).reshape(layer.blocks, -1, 1).expand(-1, -1, vectors).contiguous()
 
 
-@lru_cache(maxsize=1)  # a layer is often encoded with several books, one after another
 def _factored(hessian: Tensor, place: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
     """(U (blocks, n, n) with H^-1 = Uᵀ U in the order of the entries, and for every vector (U_bbᵀ U_bb)^-1 and U_bb^-1,
     (blocks, vectors, d, d))."""

@@ -20,6 +20,7 @@ from featherweight.weights.base import FLOATS, Layout, Meta, field, finite, floa
 MOST_BITS = 12  # of a code: 4,096 words
 LONGEST = 64  # entries of a vector
 MOST_BOOKS = 8
+PIECE = 1 << 22  # distances that are held at a time
 
 
 @lru_cache(maxsize=64)
@@ -43,6 +44,12 @@ def places(keep: Tensor, d: int, taps: int) -> Tensor:
     first = torch.nn.functional.pad(first, (0, max(most - first.shape[1], 0)))[:, :most]
     left = torch.arange(most) < stored.sum(dim=1, keepdim=True)
     return torch.where(left, order[first], -1)
+
+
+def nearest_words(x: Tensor, words: Tensor) -> Tensor:
+    """For each of (vectors, d) the number of the nearest of (words, d), int64; piece by piece."""
+    offset, step = words.square().sum(dim=1), max(PIECE // len(words), 1)
+    return torch.cat([(offset - 2 * part @ words.T).argmin(dim=1) for part in x.split(step)])
 
 
 def vector_counts(keep: Tensor, d: int) -> Tensor:
@@ -131,7 +138,7 @@ class Codebook:
         left, found = wanted, []
         for book in self.books:
             words = book.float().to(matrix.device)
-            found.append((words.square().sum(dim=1) - 2 * left @ words.T).argmin(dim=1))
+            found.append(nearest_words(left, words))
             left = left - words[found[-1]]
         codes = torch.stack(found, dim=-1).to(torch.int16).reshape(self.codes.shape)
         nearer = left.square().sum(dim=1) < (wanted - now.reshape(-1, self.d)).square().sum(dim=1)
