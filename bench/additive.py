@@ -52,7 +52,11 @@ FILES = {
             "--target 95kB",
         ),
     ),
-    "lstm_speech": ("speech_calibration", "speech_test", ("--method additive --bits 3",)),
+    "lstm_speech": (
+        "speech_calibration",
+        "speech_test",
+        ("--method additive --bits 3", "--method additive --bits 3 --sequential"),
+    ),
     "efficientnet_lite0": (
         "imagenet_calibration",
         "imagenet_val",

@@ -319,7 +319,8 @@ class Allocator:
             if used not in rests:
                 rests[used] = self._rest(p.choices)
             points.append((p.choices, Point(rests[used] + self.costs(p.choices, ["bytes"])["bytes"], p.loss)))
-        return points
+        points.sort(key=lambda x: (x[1].bytes, x[1].predicted))
+        return [x for k, x in enumerate(points) if all(x[1].predicted < y[1].predicted for y in points[:k])]
 
 
 def _cut(candidate: Candidate) -> Vectors | None:

@@ -229,12 +229,13 @@ class Codebook:
             flat = [unpack(tensors[f"codes{m}"], w, int(counts.sum())).to(torch.int16) for m, w in enumerate(widths)]
         except ValueError as error:
             raise FormatError(str(error)) from None
-        codes = torch.stack(flat, dim=-1)
         if keep is None:
-            codes = codes.reshape(rows, -1, len(widths))
+            codes = torch.stack(flat, dim=-1).reshape(rows, -1, len(widths))
         else:
             stored = torch.arange(max(int(counts.max()), 1)) < counts[:, None]
-            codes = torch.zeros(*stored.shape, len(widths), dtype=torch.int16).masked_scatter(stored[:, :, None], codes)
+            codes = torch.zeros(*stored.shape, len(widths), dtype=torch.int16)
+            for m, own in enumerate(flat):
+                codes[:, :, m][stored] = own
         return cls(codes, books, tensors["scale"].reshape(rows, 1), cols, meta.get("taps", 1), keep)
 
 
