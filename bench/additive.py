@@ -11,6 +11,7 @@ bench/results/additive-PART.md; the last two keep the lines that they do not mea
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -101,7 +102,7 @@ class Bed:
 
     def outcome(self, decoded: dict[str, Tensor]) -> tuple[float, float]:
         """Mean relative error of the layers, and top-1 after correction with the first convolution at 8 bits."""
-        small, errors = make_copy(self.net), []
+        small, errors = copy.deepcopy(self.net), []
         for u in self.units:
             w, layer = self.matrix(u), self.layers(Additive(Vectors(1, (1,))), [u])[0]
             errors.append(float(layer.energy(decoded[u.name] - w).sum() / layer.energy(w.double()).sum()))
@@ -111,12 +112,6 @@ class Bed:
         small.get_parameter("conv1.weight").copy_(rounded.reshape(first.shape))
         repair(self.net, small, self.samples, scan(self.net).units)
         return statistics.mean(errors), accuracy(small, self.test)["top1"]
-
-
-def make_copy(net: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(net)
 
 
 def layers(bed: Bed) -> str:
@@ -296,8 +291,7 @@ def speed(bed: Bed) -> str:
             end - middle,
             [x.decoded(s, c, books.words) for x, s, c in own],
         )
-    residual = faiss.ResidualQuantizer(cut.d, len(cut.bits), cut.bits[0])
-    by_faiss("faiss ResidualQuantizer", residual)
+    by_faiss("faiss ResidualQuantizer", faiss.ResidualQuantizer(cut.d, len(cut.bits), cut.bits[0]))
     by_faiss("faiss LocalSearchQuantizer", faiss.LocalSearchQuantizer(cut.d, len(cut.bits), cut.bits[0]))
     rows += ["", f"{weights:,} weights of {NETWORK}, 2 books of 256 words of 8 weights, one thread, one run."]
     return "\n".join(rows) + "\n"
