@@ -176,8 +176,8 @@ def compress(
                 methods = {n: m[0] for n, m in fitted(net, found.units, stats, _each(methods), store, progress).items()}
             with _timed(seconds, "solve"):
                 work = Work(methods, store, progress, len(found.units))
-                left = {u.name: stats[u.name] for u in found.units if u not in then.units}
-                solutions = solved(work, net, found.units, left, then, grids)
+                apart = {u.name: stats[u.name] for u in found.units if u not in then.units}
+                solutions = solved(work, net, found.units, apart, then, grids)
                 solutions = solutions if stage is None else stage.allocator.trimmed(solutions)
                 net.load_state_dict(original, strict=False)
             with _timed(seconds, "repair"):

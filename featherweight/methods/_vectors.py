@@ -15,10 +15,10 @@ TIE = 1e-12  # a word takes another's place only if it is better by this share o
 
 
 @compiled()
-def _expand(linear, norms, words, first, last, base, values):  # pragma: no cover - compiled
-    """values[c] = base + linear . c + norms[c] for the words of one book."""
+def _expand(linear, norms, words, first, last, values):  # pragma: no cover - compiled
+    """values[c] = linear . c + norms[c] for the words of one book."""
     for c in range(first, last):
-        values[c - first] = base + norms[c]
+        values[c - first] = norms[c]
     for i in range(words.shape[0]):
         factor = linear[i]
         for c in range(first, last):
@@ -27,11 +27,9 @@ def _expand(linear, norms, words, first, last, base, values):  # pragma: no cove
 
 @compiled()
 def _insert(costs, count, cost):  # pragma: no cover - compiled
-    """The place of a new cost in the rising list of the `count` best, or -1; those behind it move (costs only)."""
-    size = len(costs)
-    if count == size and cost >= costs[size - 1]:
-        return -1
-    place = min(count, size - 1)
+    """The place of a new cost, lower than the last where the list is full, in the rising list of the `count` best;
+    those behind it move (costs only)."""
+    place = min(count, len(costs) - 1)
     while place > 0 and costs[place - 1] > cost:
         costs[place] = costs[place - 1]
         place -= 1
@@ -65,7 +63,7 @@ def _choose(metric, norms, pull, scale, words, starts, base, parent, found):  # 
                     linear[i] += 2.0 * scale * scale * metric[i, j] * part_sum[p, j]
             for i in range(d):
                 linear[i] /= scale * scale
-            _expand(linear, norms, words, first, last, 0.0, values)
+            _expand(linear, norms, words, first, last, values)
             for c in range(last - first):
                 cost = part_cost[p] + scale * scale * values[c]
                 if final:
@@ -175,14 +173,10 @@ def descend_vectors(w, hessian, place, scale, words, starts, codes, sweeps, widt
         w: (blocks, rows, cols). hessian: (blocks, cols, cols). place: (blocks, rows or 1, n) int32, the column of every
             entry of the vectors, -1 where there is none. scale: (blocks, rows, vectors). codes: (blocks, rows, vectors,
             books) int32. width: of the search for the words of one vector.
-
-    Returns:
-        How many vectors of each row changed, (blocks, rows) int64.
     """
     blocks, rows, cols = w.shape
     vectors, books, d = codes.shape[2], codes.shape[3], words.shape[0]
     shared = place.shape[1] == 1
-    changes = np.zeros((blocks, rows), np.int64)
     norms = np.zeros((blocks, vectors if shared else 0, words.shape[1]))
     if shared:
         for task in prange(blocks * vectors):
@@ -210,7 +204,7 @@ def descend_vectors(w, hessian, place, scale, words, starts, codes, sweeps, widt
         found, sums = np.zeros((width, books), np.int32), np.zeros((width, d))
         count = np.zeros(1, np.int64)
         for _ in range(sweeps):
-            changed = 0
+            changed = False
             for v in range(vectors):
                 first, s = v * d, scale[b, r, v]
                 if s == 0.0 or columns[first] < 0:
@@ -236,7 +230,7 @@ def descend_vectors(w, hessian, place, scale, words, starts, codes, sweeps, widt
                 count[0] = 0
                 _choose(metric, own, pull, s, words, starts, 0.0, 0, (costs, parents, found, sums, count))
                 if costs[0] < cost - TIE * energy:
-                    changed += 1
+                    changed = True
                     codes[b, r, v] = found[0]
                     for i in range(d):
                         column = columns[first + i]
@@ -245,10 +239,8 @@ def descend_vectors(w, hessian, place, scale, words, starts, codes, sweeps, widt
                             factor = hessian[b, column]
                             for j in range(cols):
                                 gradient[j] += step * factor[j]
-            changes[b, r] += changed
-            if changed == 0:
+            if not changed:
                 break
-    return changes
 
 
 @compiled()
