@@ -6,6 +6,7 @@ is tied to, or a function that takes it. Recurrent modules keep a list of their 
 emptied after.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from featherweight.artifact import Artifact, fill, read
 from featherweight.layers import View
-from featherweight.weights import Weight, books_of
+from featherweight.weights import Factors, Weight, books_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,6 +29,7 @@ class Packed(nn.Module):
 
     def __init__(self, weight: Weight, view: View, like: Tensor) -> None:
         super().__init__()
+        weight = replace(weight, shared=()) if isinstance(weight, Factors) else weight  # whole in itself
         self.kind, self.shape, self.view = type(weight), weight.shape, view
         self.meta = weight.meta()
         self.payload = weight.tensors() | {f"book{m}": book for m, book in enumerate(books_of(weight))}

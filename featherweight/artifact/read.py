@@ -19,7 +19,7 @@ from featherweight.activations import ActivationGrid, is_scale
 from featherweight.artifact.schema import BLANK, KEY, LARGEST, MARK, STREAMS, VERSIONS, Artifact, FoldedNorm, StoredUnit
 from featherweight.errors import FormatError
 from featherweight.layers import View
-from featherweight.weights import KINDS, Codebook, Sparse, books_of
+from featherweight.weights import KINDS, Codebook, Dense, Factor, Factors, Grid, Sparse, books_of, shared_factors
 from featherweight.weights.codebook import LONGEST, MOST_BITS, MOST_BOOKS
 from featherweight.weights.masks import BoxMap
 
@@ -64,9 +64,14 @@ def _artifact(data: bytes) -> Artifact:
     books = [_book(shape, i, streams) for i, shape in enumerate(_list(contents.get("books", []), "books"))]
     entries = enumerate(_list(contents["units"], "units"))
     claims = _Claims(max(_FREE, _DENSEST * len(data)))
-    units = [_unit(entry, i, methods, streams, version, claims, books) for i, entry in entries]
+    common = [
+        _factor(entry, i, streams, claims) for i, entry in enumerate(_list(contents.get("factors", []), "factors"))
+    ]
+    units = [_unit(entry, i, methods, streams, version, claims, books, common) for i, entry in entries]
     if len({id(b) for u in units for b in books_of(u.weight)}) != len(books):
         raise FormatError("a book is used by no weight")
+    if len({id(f) for u in units for f in shared_factors(u.weight)}) != len(common):
+        raise FormatError("a shared factor is used by no weight")
     rest = dict(_rest(entry, i, streams) for i, entry in enumerate(_list(contents["rest"], "rest")))
     norms = [_norm(entry, i, streams) for i, entry in enumerate(_list(contents["batchnorm"], "batchnorm"))]
     for stream in streams.values():
@@ -115,7 +120,8 @@ def _contents(data: bytes) -> dict[str, Any]:
         if name not in STREAMS or entry["dtype"] != name.upper() or not flat:
             raise FormatError(f"tensor {name!r} must be a vector, named after its type, one of {list(STREAMS)}")
     needed = ("format", "checksum", "methods", "units", "rest", "batchnorm", "about")
-    _keys(contents, "the header", needed, ("books",) if contents["format"] >= 4 else ())
+    optional = ("books",) if contents["format"] == 4 else ("books", "factors") if contents["format"] >= 5 else ()
+    _keys(contents, "the header", needed, optional)
     return contents
 
 
@@ -211,6 +217,7 @@ def _unit(
     version: int,
     claims: _Claims,
     books: list[Tensor],
+    common: list[Factor],
 ) -> StoredUnit:
     where = f"units[{i}]"
     optional = ("transposed_groups", "error", "note", "input")[: 3 if version == 1 else 4]
@@ -236,17 +243,56 @@ def _unit(
     own = [books[n] for n in _numbers(meta, len(books), version, where)]
     fields = {k: v for k, v in meta.items() if k not in ("kind", "books")}
     fields |= _cut(own, fields, where)
+    shared: dict[str, dict[int, Factor]] = {}
+    if kind is Factors:
+        if version < 5:
+            raise FormatError(f"{where}: version {version} has no weights made of factors")
+        shared["shared"] = _shared(fields, common, where)
     try:
         layout = kind.layout(view.matrix_shape, fields)
         pieces = {f: _piece(streams, dtype, n, f"{where}.{f}") for f, (dtype, n) in layout.items()}
         claims.take(view.matrix_shape[0] * view.matrix_shape[1] * max(len(own), 1), where)
         pieces |= {f"book{m}": book for m, book in enumerate(own)}
-        weight = kind.load(view.matrix_shape, fields, pieces)
+        weight = kind.load(view.matrix_shape, fields, pieces, **shared)
     except FormatError as wrong:
         raise FormatError(f"{names[0]}: {wrong}") from None
     note = _text(entry.get("note", ""), f"{where}.note")
     rounded = _input(entry["input"], f"{where}.input") if "input" in entry else None
     return StoredUnit(names, view, weight, methods[method], error, note, rounded)
+
+
+def _factor(entry: Any, i: int, streams: dict[str, _Stream], claims: _Claims) -> Factor:
+    """A factor that weights share."""
+    where = f"factors[{i}]"
+    _keys(entry, where, ("shape", "weight"))
+    shape = _shape(entry["shape"], f"{where}.shape")
+    meta = entry["weight"]
+    if len(shape) != 2 or not isinstance(meta, dict) or meta.get("kind") not in ("dense", "grid"):
+        raise FormatError(f"{where} must be a matrix of kind 'dense' or 'grid'")
+    kind: type[Factor] = Dense if meta["kind"] == "dense" else Grid
+    fields = {k: v for k, v in meta.items() if k != "kind"}
+    size = shape[0], shape[1]
+    try:
+        pieces = {f: _piece(streams, t, n, f"{where}.{f}") for f, (t, n) in kind.layout(size, fields).items()}
+        claims.take(shape[0] * shape[1], where)
+        return kind.load(size, fields, pieces)
+    except FormatError as wrong:
+        raise FormatError(f"{where}: {wrong}") from None
+
+
+def _shared(fields: dict[str, Any], common: list[Factor], where: str) -> dict[int, Factor]:
+    """The factors that a weight has by number, by their position; in `fields` None takes the place of the number."""
+    found: dict[int, Factor] = {}
+    if isinstance(fields.get("factors"), list):
+        for k, entry in enumerate(fields["factors"]):
+            if entry is None or (not isinstance(entry, dict) and not (_is_count(entry) and entry < len(common))):
+                raise FormatError(
+                    f"{where}: a factor must be an object or the number of one of {len(common)} shared ones"
+                )
+            if not isinstance(entry, dict):
+                found[k] = common[entry]
+        fields["factors"] = [None if k in found else f for k, f in enumerate(fields["factors"])]
+    return found
 
 
 def _numbers(meta: dict[str, Any], count: int, version: int, where: str) -> list[int]:

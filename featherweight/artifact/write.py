@@ -18,7 +18,8 @@ from torch import Tensor
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import BLANK, KEY, MARK, STREAM_OF, VERSIONS, Artifact
 from featherweight.errors import FormatError, UsageError
-from featherweight.weights import books_of
+from featherweight.weights import Factors, books_of, shared_factors
+from featherweight.weights.factors import Factor
 from featherweight.weights.masks import BoxMap
 
 
@@ -43,6 +44,15 @@ def to_bytes(artifact: Artifact) -> bytes:
                 books[_contents(book)] = len(shapes)
                 shapes.append(list(book.shape))
                 put(book)
+    common: dict[bytes, int] = {}  # factors that weights share, likewise
+    factors: list[dict[str, Any]] = []
+    for unit in artifact.units:
+        for part in shared_factors(unit.weight):
+            if _factor(part) not in common:
+                common[_factor(part)] = len(factors)
+                factors.append({"shape": part.shape, "weight": {"kind": part.kind} | part.meta()})
+                for tensor in part.tensors().values():
+                    put(tensor)
     for unit in artifact.units:
         for tensor in unit.weight.tensors().values():
             put(tensor)
@@ -59,6 +69,9 @@ def to_bytes(artifact: Artifact) -> bytes:
         weight = {"kind": unit.weight.kind} | unit.weight.meta() | ({"books": own} if own else {})
         if own:  # the books say how long vectors and how wide codes are
             weight = {k: v for k, v in weight.items() if k not in ("d", "bits")}
+        if isinstance(unit.weight, Factors):
+            shared = iter([common[_factor(part)] for part in shared_factors(unit.weight)])
+            weight["factors"] = [next(shared) if f is None else f for f in weight["factors"]]
         units.append(entry | {"weight": weight})
     for name, tensor in artifact.rest.items():
         rest.append([name, put(tensor), list(tensor.shape)])
@@ -77,6 +90,8 @@ def to_bytes(artifact: Artifact) -> bytes:
     }
     if shapes:
         contents["books"] = shapes
+    if factors:
+        contents["factors"] = factors
     try:
         text = _json(contents if version < VERSIONS[3] else packed(contents))
     except (TypeError, ValueError, RecursionError) as error:
@@ -135,8 +150,17 @@ def _contents(book: Tensor) -> bytes:
     return repr(tuple(book.shape)).encode() + book.detach().cpu().contiguous().numpy().tobytes()
 
 
+def _factor(part: Factor) -> bytes:
+    """What a factor is, whoever holds it."""
+    said = _json([part.shape, part.kind, part.meta()])
+    tensors = part.tensors().values()
+    return said.encode() + b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)
+
+
 def _version(artifact: Artifact, weights: list[dict[str, Any]]) -> int:
     """The lowest that can say what is in the file."""
+    if any(w["kind"] == Factors.kind for w in weights):
+        return VERSIONS[4]
     if any("books" in w for w in weights):
         return VERSIONS[3]
     masks = [w["mask"]["kind"] for w in weights if "mask" in w]

@@ -15,7 +15,7 @@ from featherweight.artifact import StoredUnit
 from featherweight.data import device_of
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
-from featherweight.weights import Weight, vectors_of
+from featherweight.weights import Factors, Weight, vectors_of
 
 T = TypeVar("T")
 
@@ -157,7 +157,9 @@ class Variables:
 
 
 def continuous(weight: Weight) -> list[Tensor]:
-    """The tensors that `weight.trainable` names: of its own fields, or of those of a weight that it holds (Sparse)."""
+    """The tensors that `weight.trainable` names: of its own fields, or of those of weights that it holds."""
+    if isinstance(weight, Factors):
+        return [t for part in weight.parts for t in continuous(part)]
     names, found = weight.trainable(), []
 
     def look(holder: Any) -> None:
@@ -177,7 +179,7 @@ def mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:
     new: Any = value
     if isinstance(value, Tensor):
         new = change(value)
-    elif isinstance(value, tuple) and any(isinstance(item, Tensor) for item in value):
+    elif isinstance(value, tuple) and any(isinstance(item, Tensor) or is_dataclass(item) for item in value):
         new = tuple(mapped(item, change) for item in value)
     elif is_dataclass(value) and not isinstance(value, type):
         parts = {part.name: getattr(value, part.name) for part in fields(value)}

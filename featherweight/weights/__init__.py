@@ -8,10 +8,12 @@ from torch import Tensor
 from featherweight.weights.base import Weight as Weight
 from featherweight.weights.codebook import Codebook as Codebook
 from featherweight.weights.dense import Dense as Dense
+from featherweight.weights.factors import Factor as Factor
+from featherweight.weights.factors import Factors as Factors
 from featherweight.weights.grid import Grid as Grid
 from featherweight.weights.sparse import Sparse as Sparse
 
-KINDS: tuple[type[Weight], ...] = (Dense, Grid, Sparse, Codebook)
+KINDS: tuple[type[Weight], ...] = (Dense, Grid, Sparse, Codebook, Factors)
 
 
 def vectors_of(weight: Weight) -> Codebook | None:
@@ -24,6 +26,11 @@ def books_of(weight: Weight) -> tuple[Tensor, ...]:
     """The tensors of a weight that other weights may share, which `tensors()` leaves out."""
     inner = vectors_of(weight)
     return () if inner is None else inner.books
+
+
+def shared_factors(weight: Weight) -> tuple[Factor, ...]:
+    """The factors of a weight that other weights may hold, too, which `tensors()` leaves out."""
+    return tuple(weight.parts[k] for k in sorted(weight.shared)) if isinstance(weight, Factors) else ()
 
 
 def united(weights: Mapping[str, Weight]) -> dict[str, Weight]:
