@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,14 @@ FILES = {
 }
 
 
-TUNED = {  # network: (calibration, test, training data, (target, epochs) ...)
-    "resnet20_cifar10": (CALIBRATION, TEST, "cifar10_train10k", (("71kB", 10),)),
-    "resnet20_cifar100": ("cifar100_calibration", "cifar100_test", "cifar100_train", (("15.3x", 8), ("7.2x", 4))),
+TUNED = {  # network: (calibration, test, training data, (target, epochs, other settings of `finetune`) ...)
+    "resnet20_cifar10": (CALIBRATION, TEST, "cifar10_train10k", (("71kB", 5, "--learning-rate 3e-3"),)),
+    "resnet20_cifar100": (
+        "cifar100_calibration",
+        "cifar100_test",
+        "cifar100_train",
+        (("15.3x", 15, "--learning-rate 3e-3 --move-codes"), ("7.2x", 10, "--learning-rate 3e-3 --move-codes")),
+    ),
 }
 
 
@@ -315,29 +321,39 @@ def networks(zoo: Path, only: list[str] | None) -> None:
                 keep_row("networks", head, row)
 
 
-def finetuned(zoo: Path, only: list[str] | None) -> None:
-    """A file under a target, then the same file finetuned."""
-    head = ["| network | target | file bytes | smaller | top-1 before | file | epochs | finetuned | bytes | time |"]
+def finetuned(zoo: Path, only: list[str] | None, folder: Path) -> None:
+    """A file under a target, then the same file finetuned. What `folder` has of an earlier run is not done again."""
+    head = ["| network | target | file bytes | smaller | top-1 before | file | trained | finetuned | bytes | time |"]
     head.append("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    with tempfile.TemporaryDirectory() as folder:
-        small, tuned = Path(folder) / "small.fw", Path(folder) / "tuned.fw"
-        for name in only or TUNED:
-            calibration, test, train, every = TUNED[name]
-            for target, epochs in every:
-                x = measure(zoo, name, calibration, test, f"--target {target}", small)
-                command = [sys.executable, "-m", "featherweight", "finetune", str(small), "-o", str(tuned), "--json"]
-                command += ["--model", f"{zoo}:{name}", "--train", f"{zoo}:{train}", "--test", f"{zoo}:{test}"]
-                command += ["--epochs", str(epochs), "--precision", "bf16"]
-                start = time.perf_counter()
-                done = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                took = time.perf_counter() - start
-                row = (
-                    f"| {name} | {target} | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x | "
-                    f"{x['before']:.2f} | {x['after']:.2f} | {epochs} of {train} | {done['top1']:.2f} | "
-                    f"{tuned.stat().st_size:,} | {x['compress_s']:.0f} + {took:.0f} s |"
-                )
-                print(row, flush=True)
-                keep_row("finetuned", head, row)
+    for name in only or TUNED:
+        calibration, test, train, every = TUNED[name]
+        for target, epochs, settings in every:
+            small, tuned = folder / f"{name}-{target}.fw", folder / f"{name}-{target}-tuned.fw"
+            x = once(small, partial(measure, zoo, name, calibration, test, f"--target {target}", small))
+            command = [sys.executable, "-m", "featherweight", "finetune", str(small), "-o", str(tuned), "--json"]
+            command += ["--model", f"{zoo}:{name}", "--train", f"{zoo}:{train}", "--test", f"{zoo}:{test}"]
+            command += ["--epochs", str(epochs), "--precision", "bf16", *settings.split()]
+            command += ["--checkpoint", str(tuned.with_suffix(".part"))]
+            done = once(tuned, partial(answer, command))
+            row = (
+                f"| {name} | {target} | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x | "
+                f"{x['before']:.2f} | {x['after']:.2f} | {epochs} epochs of {train}, `{settings}` | "
+                f"{done['top1']:.2f} | {tuned.stat().st_size:,} | {x['compress_s']:.0f} + {done['seconds']:.0f} s |"
+            )
+            print(row, flush=True)
+            keep_row("finetuned", head, row)
+
+
+def answer(command: list[str]) -> dict[str, Any]:
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was found when `file` was made, kept beside it."""
+    known = file.with_suffix(".json")
+    if not (file.exists() and known.exists()):
+        known.write_text(json.dumps(make()))
+    return json.loads(known.read_text())
 
 
 def keep_row(part: str, head: list[str], row: str) -> None:
@@ -356,12 +372,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=("layers", "ablation", "speed", "networks", "finetuned"))
     parser.add_argument("--only", action="append", help="networks of `networks` and `finetuned`")
+    parser.add_argument("--folder", type=Path, help="where files of `finetuned` are kept, so that a killed run goes on")
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
     options = parser.parse_args()
     if "networks" in options.parts:
         networks(options.zoo, options.only)
     if "finetuned" in options.parts:
-        finetuned(options.zoo, options.only)
+        with tempfile.TemporaryDirectory() as folder:
+            finetuned(options.zoo, options.only, options.folder or Path(folder))
     rest = [p for p in options.parts if p not in ("networks", "finetuned")]
     bed = Bed.of(options.zoo) if rest else None
     for part in rest:
