@@ -28,6 +28,9 @@ Symmetric = Annotated[
 Activations = Annotated[int | None, typer.Option(help="round the inputs of compressed weights, too: 2 to 8 bits")]
 Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
 TargetMacs = Annotated[str | None, typer.Option(help="multiplications of a sample: 0.5x of the dense ones, 50% or 20M")]
+TargetParams = Annotated[
+    str | None, typer.Option(help="numbers that are stored: 0.5x of the dense network's, 50% or 100k")
+]
 TargetBops = Annotated[str | None, typer.Option(help="the same, each times the bits of both factors (32 for floats)")]
 TargetLatency = Annotated[
     str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")

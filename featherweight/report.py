@@ -179,7 +179,7 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
     """How a target was met, or would be."""
     if allocation is None:
         return []
-    used = {"macs": allocation.macs, "bops": allocation.bops, "latency": allocation.latency, "bytes": file_bytes}
+    used = {"bytes": file_bytes} | {b: getattr(allocation, b) for b in NAMES if b != "bytes"}
     lines = []
     for budget, limit in allocation.limits.items():
         what = NAMES[budget]
