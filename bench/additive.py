@@ -1,13 +1,13 @@
 """Additive codes: layer errors against scalar grids, what each part of the solver gains, and encoding time.
 
-    python -m bench.additive layers ablation speed networks finetuned [--only resnet20_cifar10] [--zoo ../shared/zoo.py]
+    python -m bench.additive layers ablation speed decoding networks finetuned [--only resnet20_cifar10] [--zoo ../shared/zoo.py]
 
 `layers`: every convolution of resnet20_cifar10 at 2 and 3 bits, books shared by the network and their bytes counted.
 `ablation`: the same network at 2 bits, one part of the solver after another; the books of the network, a stage or a
 layer, at about equal bytes; lengths of vectors and numbers of books. `speed`: seconds a million weights, beside the
-residual and local-search quantizers of faiss on the same vectors (needs `pip install faiss-cpu`). `networks`: files of
-the command; `finetuned`: files under a target, then trained towards the dense network. Each part writes
-bench/results/additive-PART.md; the last two keep the lines that they do not measure.
+residual and local-search quantizers of faiss on the same vectors (needs `pip install faiss-cpu`). `decoding`: a file
+as large as a ResNet-50. `networks`: files of the command; `finetuned`: files under a target, then trained towards the
+dense network. Each part writes bench/results/additive-PART.md; the last two keep the lines that they do not measure.
 """
 
 import argparse
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from bench.networks import measure
 from featherweight import reuse_memory
+from featherweight.artifact import read, write
+from featherweight.artifact.schema import Artifact, StoredUnit
 from featherweight.data import Batch, batches
-from featherweight.layers import Unit, scan
+from featherweight.layers import Unit, View, scan
 from featherweight.methods import Additive, Gptq, GridSpec, Obq, Vectors
 from featherweight.methods.books import Books, fit, vectors_of
 from featherweight.methods.vectors import Layer, descend, encode, first_codes, fitted, nearest, power
@@ -38,6 +40,7 @@ from featherweight.metrics import accuracy
 from featherweight.repair import repair
 from featherweight.stats import LayerStats, capture
 from featherweight.userland import call, make_model
+from featherweight.weights import Codebook
 
 RESULTS = Path(__file__).parent / "results"
 NETWORK, CALIBRATION, TEST = "resnet20_cifar10", "cifar10_calibration", "cifar10_test"
@@ -303,6 +306,44 @@ def speed(bed: Bed) -> str:
     return "\n".join(rows) + "\n"
 
 
+def decoding() -> str:
+    """A file with as many weights as ResNet-50 has, codes and books at random: read, checked and decoded."""
+    shapes, channels = [(64, 147)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(blocks):
+            shapes += [(width, channels), (width, 9 * width), (4 * width, width)]
+            shapes += [(4 * width, channels)] if i == 0 else []
+            channels = 4 * width
+    shapes.append((1000, 2048))
+    weights = sum(rows * cols for rows, cols in shapes)
+    table = ["| books | file bytes | read and check, s | decode, s | together |", "|---|--:|--:|--:|--:|"]
+    rng = torch.Generator().manual_seed(0)
+    for d, widths in ((4, (8,)), (4, (9,)), (4, (12,)), (8, (8, 8))):
+        books = tuple(torch.randn(2**n, d, generator=rng).half() for n in widths)
+        units = []
+        for i, (rows, cols) in enumerate(shapes):
+            own = [torch.randint(2**n, (rows, -(-cols // d)), generator=rng) for n in widths]
+            scale = torch.rand(rows, 1, generator=rng).half()
+            weight = Codebook(torch.stack(own, dim=2).to(torch.int16), books, scale, cols)
+            units.append(StoredUnit((f"l{i}.weight",), View((rows, cols)), weight, "additive"))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "large.fw"
+            size = write(Artifact(tuple(units), {}, ()), path)
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                artifact = read(path)
+                middle = time.perf_counter()
+                artifact.state()
+                times.append((middle - start, time.perf_counter() - middle))
+        both = sorted(times, key=sum)[1]
+        what = "+".join(map(str, widths))
+        table.append(f"| {what} bits in {d} | {size:,} | {both[0]:.2f} | {both[1]:.2f} | {sum(both):.2f} |")
+        print(table[-1], flush=True)
+    table += ["", f"{weights:,} weights in {len(shapes)} layers, {torch.get_num_threads()} threads, median of 3."]
+    return "\n".join(table) + "\n"
+
+
 def networks(zoo: Path, only: list[str] | None) -> None:
     head = [
         "| network | settings | file bytes | smaller | top-1 before | after | time |",
@@ -361,16 +402,18 @@ def keep_row(part: str, head: list[str], row: str) -> None:
     path = RESULTS / f"additive-{part}.md"
     kept = path.read_text().splitlines()[2:] if path.exists() else []
     same = row.split("|")[1:3]
-    write(part, "\n".join([*head, *(r for r in kept if r.split("|")[1:3] != same), row]) + "\n")
+    write_table(part, "\n".join([*head, *(r for r in kept if r.split("|")[1:3] != same), row]) + "\n")
 
 
-def write(part: str, text: str) -> None:
+def write_table(part: str, text: str) -> None:
     (RESULTS / f"additive-{part}.md").write_text(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("layers", "ablation", "speed", "networks", "finetuned"))
+    parser.add_argument(
+        "parts", nargs="+", choices=("layers", "ablation", "speed", "decoding", "networks", "finetuned")
+    )
     parser.add_argument("--only", action="append", help="networks of `networks` and `finetuned`")
     parser.add_argument("--folder", type=Path, help="where files of `finetuned` are kept, so that a killed run goes on")
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
@@ -380,14 +423,16 @@ def main() -> None:
     if "finetuned" in options.parts:
         with tempfile.TemporaryDirectory() as folder:
             finetuned(options.zoo, options.only, options.folder or Path(folder))
-    rest = [p for p in options.parts if p not in ("networks", "finetuned")]
+    if "decoding" in options.parts:
+        write_table("decoding", decoding())
+    rest = [p for p in options.parts if p not in ("decoding", "networks", "finetuned")]
     bed = Bed.of(options.zoo) if rest else None
     for part in rest:
         assert bed is not None
         made = {"layers": layers, "speed": speed, "ablation": lambda b: "\n".join([*parts(b), "", *sharing(b)]) + "\n"}
         text = made[part](bed)
         print(text)
-        write(part, text)
+        write_table(part, text)
 
 
 if __name__ == "__main__":
