@@ -1,6 +1,6 @@
 """Additive codes: layer errors against scalar grids, what each part of the solver gains, and encoding time.
 
-    python -m bench.additive layers ablation speed decoding networks finetuned [--only resnet20_cifar10] [--zoo ../shared/zoo.py]
+    python -m bench.additive layers ablation speed decoding networks finetuned [--only resnet20_cifar10] [--zoo FILE]
 
 `layers`: every convolution of resnet20_cifar10 at 2 and 3 bits, books shared by the network and their bytes counted.
 `ablation`: the same network at 2 bits, one part of the solver after another; the books of the network, a stage or a
