@@ -16,7 +16,9 @@ from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone
 from featherweight.repair import Repair
 from featherweight.search import TEMPERATURE
+from featherweight.stages import stored_as
 from featherweight.target import Baselines
+from featherweight.weights import Factors
 
 FULL = 0.98  # of a budget: below, people are told why
 
@@ -85,11 +87,12 @@ def rows_of(artifact: Artifact) -> tuple[Row, ...]:
         weight = unit.weight
         params = weight.shape[0] * weight.shape[1]
         kind = str(weight.meta().get("values", weight.kind)) if weight.kind == "sparse" else weight.kind
+        stored = weight.kind if kind == weight.kind else f"{weight.kind} {kind}"
         rows.append(
             Row(
                 " = ".join(unit.names),
                 unit.view.shape,
-                weight.kind if kind == weight.kind else f"{weight.kind} {kind}",
+                stored_as(weight, unit.view) if isinstance(weight, Factors) else stored,
                 unit.method,
                 params,
                 weight.bits() // 8,
