@@ -8,6 +8,7 @@ part of H over its own columns. That is the exact inverse where all inputs are a
 factor has rows alone. Every step starts from what is there, so the loss never rises.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -108,23 +109,32 @@ def step(problem: Problem, tensors: Sequence[Tensor], k: int, iterations: int = 
 
 def contracted(operands: Sequence[tuple[str, Tensor]], out: str) -> Tensor:
     """The einsum of tensors, each with its letters, two at a time: first those whose product is small beside them."""
-    work = list(operands)
+    work = [t for _, t in operands]
+    sizes = {x: n for letters, t in operands for x, n in zip(letters, t.shape, strict=True)}
+    for a, b, equation in _plan(tuple(letters for letters, _ in operands), tuple(sorted(sizes.items())), out):
+        made = torch.einsum(equation, work[a], work[b])
+        work = [t for n, t in enumerate(work) if n not in (a, b)] + [made]
+    return work[0].contiguous() if len(operands) > 1 else torch.einsum(f"{operands[0][0]}->{out}", work[0])
+
+
+@functools.cache
+def _plan(terms: tuple[str, ...], sizes: tuple[tuple[str, int], ...], out: str) -> list[tuple[int, int, str]]:
+    """Positions of what is contracted next, and how; what is made goes to the end."""
+    size, work, found = dict(sizes), list(terms), []
     while len(work) > 1:
-        sizes = {x: n for letters, t in work for x, n in zip(letters, t.shape, strict=True)}
+        tried = []
+        for a, b in combinations(range(len(work)), 2):
+            later = set(out).union(*(letters for n, letters in enumerate(work) if n not in (a, b)))
+            made = "".join(dict.fromkeys(x for x in work[a] + work[b] if x in later)) if len(work) > 2 else out
+            tried.append((_entries(made, size) - _entries(work[a], size) - _entries(work[b], size), a, b, made))
+        _, a, b, made = min(tried)
+        found.append((a, b, f"{work[a]},{work[b]}->{made}"))
+        work = [x for n, x in enumerate(work) if n not in (a, b)] + [made]
+    return found
 
-        def product(a: int, b: int) -> str:
-            later = set(out).union(*(letters for n, (letters, _) in enumerate(work) if n not in (a, b)))  # noqa: B023
-            return "".join(dict.fromkeys(x for x in work[a][0] + work[b][0] if x in later))  # noqa: B023
 
-        def growth(pair: tuple[int, int]) -> int:
-            made = prod(sizes[x] for x in product(*pair))  # noqa: B023
-            return made - work[pair[0]][1].numel() - work[pair[1]][1].numel()  # noqa: B023
-
-        a, b = min(combinations(range(len(work)), 2), key=growth)
-        letters = product(a, b)
-        made = torch.einsum(f"{work[a][0]},{work[b][0]}->{letters}", work[a][1], work[b][1])
-        work = [x for n, x in enumerate(work) if n not in (a, b)] + [(letters, made)]
-    return torch.einsum(f"{work[0][0]}->{out}", work[0][1]).contiguous()
+def _entries(letters: str, size: dict[str, int]) -> int:
+    return prod(size[x] for x in letters)
 
 
 def marginal(hessian: Tensor, cols: str, sizes: Sequence[int], own: str) -> Tensor:
