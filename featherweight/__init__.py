@@ -27,6 +27,7 @@ from featherweight.methods import (
 )
 from featherweight.onuse import load_packed
 from featherweight.pipeline import Compressed, compress, plan
+from featherweight.pull import AdmmTraining, Pull, admm
 from featherweight.recipe import Override, Recipe, read_recipe
 from featherweight.report import Report
 from featherweight.slim import slim
@@ -39,6 +40,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "ActivationGrid",
     "Additive",
     "Admm",
+    "AdmmTraining",
     "Blocks",
     "Channels",
     "Compressed",
@@ -56,6 +58,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Override",
     "Prune",
     "PruneQuantize",
+    "Pull",
     "Recipe",
     "Report",
     "Rows",
@@ -64,6 +67,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Unstructured",
     "UsageError",
     "Vectors",
+    "admm",
     "capture",
     "chained",
     "chains_of",

@@ -22,7 +22,7 @@ from featherweight.database import Database
 from featherweight.errors import FeatherweightError, UsageError
 from featherweight.finetune import Finetune, finetune
 from featherweight.finetune.ranks import choose_device, joined
-from featherweight.picture import check_front, save_front
+from featherweight.picture import check_front, check_residuals, save_front, save_residuals
 from featherweight.pipeline import Plan, compress, plan, settle
 from featherweight.proof import check_output, meter, save_proved
 from featherweight.recipe import Recipe, method_of, read_recipe
@@ -87,15 +87,18 @@ def compress_command(
     metric: opt.MetricSpec = None,
     batch_size: opt.BatchSize = 128,
     database: opt.DatabaseFolder = None,
-    finetune_epochs: Annotated[
-        int, typer.Option("--finetune", min=0, help="epochs of training scales, norms and biases, see `finetune`")
-    ] = 0,
-    train: Annotated[str | None, typer.Option(help="data to finetune on (default: the calibration data)")] = None,
+    admm_epochs: opt.AdmmEpochs = 0,
+    rho: opt.Rho = None,
+    residuals: opt.Residuals = None,
+    checkpoint: opt.AdmmCheckpoint = None,
+    finetune_epochs: opt.FinetuneEpochs = 0,
+    train: opt.TrainSpec = None,
     precision: opt.PrecisionKind = None,
     as_json: opt.Json = False,
 ) -> None:
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
     opt.check_metric(metric, test)
+    opt.check_training(admm_epochs, finetune_epochs, rho, residuals, checkpoint, output)
     check_output(output, weights)
     if database is not None:
         Database.at(database)
@@ -103,6 +106,8 @@ def compress_command(
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, measurements, front)
     if front is not None:
         check_front(front, output)
+    if residuals is not None:
+        check_residuals(residuals, output)
     chosen = _recipe(settings, goal, recipe, include, exclude, no_repair, activations, sequential)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     # whatever the user's code prints is not our output
@@ -110,6 +115,8 @@ def compress_command(
         network = make_model(model, weights)
         settle(network, chosen, goal, data is not None)
         calibration = call(data) if data else None
+        asked = admm_epochs, finetune_epochs, rho, checkpoint, train, precision, calibration, batch_size
+        admm, tuning = opt.trainings(*asked)
         measure = meter(test, metric, batch_size)
         before = measure(network)
         small = compress(
@@ -121,7 +128,8 @@ def compress_command(
             batch_size=batch_size,
             about=about,
             database=database,
-            finetune=_finetune(finetune_epochs, train, precision, calibration, batch_size),
+            admm=admm,
+            finetune=tuning,
             progress=progress,
         )
         progress("read back", 0, 1)
@@ -130,6 +138,8 @@ def compress_command(
     report = replace(small.report, file_bytes=proof["bytes"], before=before, after=proof["metrics"])
     if front is not None:
         save_front(report, front)
+    if residuals is not None and report.pulled is not None:
+        save_residuals(report.pulled, residuals)
     if as_json:
         print_json(proof["metrics"] | report.to_dict() | {"file": str(output), "digest": proof["digest"]})
         return
@@ -138,6 +148,8 @@ def compress_command(
     out.print(summary(report, str(output)))
     if front is not None:
         out.print(f"other sizes: {front} and {front.with_suffix('.png')}", style="dim")
+    if residuals is not None:
+        out.print(f"residuals of every weight: {residuals}", style="dim")
     out.print(f"read back in a fresh process: every decoded bit is the same ({proof['digest'][:12]})", style="green")
 
 
@@ -333,20 +345,6 @@ def _goal(
         check_output(front, None)
     known = measurements, front is not None, score, tuple(tie or ()), latency
     return Goal(target, macs, bops, among, *known)  # pyright: ignore - it checks
-
-
-def _finetune(
-    epochs: int, train: str | None, precision: str | None, calibration: Any, batch_size: int
-) -> Finetune | None:
-    """None where no epoch is asked for."""
-    if epochs == 0:
-        if train is not None or precision is not None:
-            raise UsageError("--train and --precision are for finetuning: give --finetune EPOCHS, for example 5")
-        return None
-    data = calibration if train is None else call(train)
-    if data is None:
-        raise UsageError("--finetune needs data: --train file.py:function, or --data")
-    return Finetune(data, epochs, batch_size=batch_size, precision=precision or "fp32")  # pyright: ignore - it checks
 
 
 def _recipe(

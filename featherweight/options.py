@@ -7,7 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from featherweight.errors import UsageError
+from featherweight.finetune import Finetune
+from featherweight.pull import AdmmTraining
+from featherweight.pull.settings import RHO
 from featherweight.recipe import SETTINGS
+from featherweight.userland import call
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
@@ -69,8 +73,23 @@ BatchSize = Annotated[int, typer.Option(min=1, help="samples a batch, where the 
 MetricSpec = Annotated[str | None, typer.Option("--metric", help="callable metric(model, data): a number or a dict")]
 TestSpec = Annotated[str | None, typer.Option("--test", help="test data: accuracy is printed before and after")]
 PrecisionKind = Annotated[
-    str | None, typer.Option("--precision", help="what finetuning computes in: fp32 or bf16 (default: fp32)")
+    str | None, typer.Option("--precision", help="what training computes in: fp32 or bf16 (default: fp32)")
 ]
+AdmmEpochs = Annotated[
+    int,
+    typer.Option("--admm", min=0, help="epochs of training the dense network until its weights nearly have their form"),
+]
+Rho = Annotated[float | None, typer.Option("--rho", help=f"how hard --admm pulls the weights (default: {RHO:g})")]
+Residuals = Annotated[
+    Path | None, typer.Option("--residuals", help="picture of how far the weights were from their form, by epoch")
+]
+AdmmCheckpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", help="file that keeps the state of --admm, so that a killed run goes on")
+]
+FinetuneEpochs = Annotated[
+    int, typer.Option("--finetune", min=0, help="epochs of training scales, norms and biases, see `finetune`")
+]
+TrainSpec = Annotated[str | None, typer.Option("--train", help="data to train on (default: the calibration data)")]
 DatabaseFolder = Annotated[
     Path | None, typer.Option("--database", help="folder that keeps solved weights, so that no run solves one twice")
 ]
@@ -89,3 +108,39 @@ def check_metric(metric: str | None, test: str | None) -> None:
     """Refuse a metric without the data that it measures on."""
     if metric and not test:
         raise UsageError("--metric needs the data to measure on: --test file.py:function")
+
+
+def check_training(
+    admm: int, finetune: int, rho: float | None, residuals: Path | None, checkpoint: Path | None, output: Path
+) -> None:
+    """Refuse options of a training that nobody asked for."""
+    given = {"--rho": rho, "--residuals": residuals, "--checkpoint": checkpoint}
+    own = [name for name, value in given.items() if value is not None]
+    if own and admm == 0:
+        raise UsageError(f"{own[0]} is for training by ADMM: give --admm EPOCHS, for example 20")
+    if checkpoint is not None and checkpoint.resolve() == output.resolve():
+        raise UsageError(f"{output} cannot be the output and the checkpoint")
+
+
+def trainings(
+    admm: int,
+    finetune: int,
+    rho: float | None,
+    checkpoint: Path | None,
+    train: str | None,
+    precision: str | None,
+    calibration: Any,
+    batch_size: int,
+) -> tuple[AdmmTraining | None, Finetune | None]:
+    """What is trained before and after, None where no epoch is asked for."""
+    if admm == finetune == 0:
+        if train is not None or precision is not None:
+            what = "--train and --precision are for training: give --finetune EPOCHS, for example 5"
+            raise UsageError(f"{what}, or --admm EPOCHS")
+        return None, None
+    data = calibration if train is None else call(train)
+    if data is None:
+        raise UsageError(f"{'--admm' if admm else '--finetune'} needs data: --train file.py:function, or --data")
+    common: dict[str, Any] = {"batch_size": batch_size, "precision": precision or "fp32"}
+    before = AdmmTraining(data, admm, RHO if rho is None else rho, checkpoint=checkpoint, **common) if admm else None
+    return before, Finetune(data, finetune, **common) if finetune else None

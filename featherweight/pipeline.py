@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, FloatInput, calibrate, plain_copy, simulate, stays_float
@@ -20,21 +19,24 @@ from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.write import to_bytes
 from featherweight.candidates import tried
-from featherweight.data import Batch, batches, check, split
+from featherweight.data import Batch, split
 from featherweight.database import Database
-from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
+from featherweight.errors import InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
+from featherweight.inputs import look_at, samples_of, tensors_of
 from featherweight.layers import LeftAlone, Scan, scan
 from featherweight.methods import GridSpec, Method, Obq, Plain, Solution
-from featherweight.methods.additive import additive_of
 from featherweight.methods.base import usable
+from featherweight.metrics import measured
 from featherweight.moments import basis_of, captured
 from featherweight.packing import packed, predicted_bytes
+from featherweight.pull import AdmmTraining, Pulled
+from featherweight.pull import admm as train_in
 from featherweight.recipe import Recipe, assign, input_bits, overridden, settled, without_data
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
 from featherweight.sharing import fitted
-from featherweight.solve import Order, Progress, Work, assembled, needs_inputs, order, solved
+from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, baselines, target_bytes
 from featherweight.weights import Weight, united
@@ -109,6 +111,7 @@ def compress(
     batch_size: int = 128,
     about: dict[str, Any] | None = None,
     database: str | Path | None = None,
+    admm: AdmmTraining | None = None,
     finetune: Finetune | None = None,
     progress: Progress = _quiet,
 ) -> Compressed:
@@ -125,7 +128,9 @@ def compress(
         evaluate: measures the dense network and the network read back; a number, or several by name.
         about: extra JSON for people, kept in the file.
         database: a folder where solved layers are kept and found again (docs/database.md); nothing is kept without.
-        finetune: train scales, norms, biases and the like at the end; codes and masks stay.
+        admm: train the dense network until its weights nearly have the forms that they will be given; what follows is
+            done with the network that comes of it.
+        finetune: train scales, norms, biases and the like at the end, towards the network given; codes and masks stay.
 
     Raises:
         UsageError: something does not fit together; nothing expensive was done yet.
@@ -140,34 +145,36 @@ def compress(
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
     if finetune is not None and wanted:
         raise UsageError("finetuning through rounded inputs does not work yet; leave out one of the two")
-    original = _tensors(net)
-    samples = _samples(net, data, methods, batch_size, wanted)
+    original = tensors_of(net)
+    samples = samples_of(net, data, methods, batch_size, wanted)
+    if admm is not None:
+        given, admm = admm.data, rehearse(net, replace(admm, data=samples) if admm.data is data else admm)
+        finetune = finetune and (replace(finetune, data=admm.data) if finetune.data is given else finetune)
     if finetune is not None:
-        finetune = replace(finetune, data=samples) if finetune.data is data else finetune
-        finetune = rehearse(net, finetune)
-        net.load_state_dict(original, strict=False)
-    before = _metrics(evaluate, copy.deepcopy(net))
+        finetune = rehearse(net, replace(finetune, data=samples) if finetune.data is data else finetune)
+    net.load_state_dict(original, strict=False)
+    before, dense = measured(evaluate, copy.deepcopy(net)), net
     about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
     seconds: dict[str, float] = {}
-    trained = None
+    trained, stage, pulled = None, None, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        if goal is None:
+            net, pulled = _trained_in(net, methods, admm, seconds, progress)
+        known = found, methods, recipe, goal, samples, wanted, store
         with _timed(seconds, "capture"):
-            seen = samples if goal is None else split(samples)[0] or samples  # the others judge policies
-            then = order(net, seen, found.units, methods) if goal is None and recipe.sequential else Order()
-            left = tuple(u for u in found.units if u not in then.units or additive_of(methods[u.name]))
-            basis = None if goal is None else basis_of(net, samples, store)
-            stats = captured(net, seen, left, Path(folder), progress, store, basis)
-            grids, float_inputs = calibrate(net, samples, found.units, wanted)
-            net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
-        stage = None
+            look = look_at(net, *known, Path(folder), progress)
         if goal is not None:
             with _timed(seconds, "allocate"):
-                meter = None if evaluate is None else _measured(evaluate)
-                setting = _setting(
-                    net, found, recipe, samples, stats, grids, base, about, Path(folder), store, basis, meter
-                )
-                stage = allocate(setting, goal, progress)
+                meter = None if evaluate is None else lambda network: measured(evaluate, network)
+                own = look.stats, look.grids, base, about, Path(folder), store, look.basis, meter
+                stage = allocate(_setting(net, found, recipe, samples, *own), goal, progress)
                 net.load_state_dict(original, strict=False)
+            chosen = {u.name: settled(stage.methods[u.name], u) for u in found.units}
+            net, pulled = _trained_in(net, chosen, admm, seconds, progress)
+            if admm is not None:
+                with _timed(seconds, "capture"):
+                    look = look_at(net, *known, Path(folder), progress)
+        original, stats, grids, then = tensors_of(net), look.stats, look.grids, look.then
         turns = 0
         while True:
             turns += 1
@@ -193,7 +200,7 @@ def compress(
             if finetune is not None:
                 with _timed(seconds, "finetune"):
                     weights = united({name: s.weight for name, s in solutions.items()})
-                    weights, trained = train(net, small, found.units, weights, finetune, progress)
+                    weights, trained = train(dense, small, found.units, weights, finetune, progress)
                     finetune = replace(finetune, checkpoint=None)  # it is of the first turn
                     for u in found.units:
                         w = u.view.matrix(net.get_parameter(u.name).detach().cpu())
@@ -206,7 +213,7 @@ def compress(
             if not (over := stage.over(size)):
                 break
             stage = _again(stage, over, turns)  # scales came out as fp32, or such
-    after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
+    after = measured(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(
         rows_of(artifact),
@@ -222,7 +229,8 @@ def compress(
         reused=None if store is None else work.reused,
         in_order=len(then.units),
         order_note=then.note,
-        float_inputs=float_inputs,
+        float_inputs=look.float_inputs,
+        pulled=pulled,
         allocation=None if stage is None else stage.outcome,
         finetuned=trained,
     )
@@ -249,7 +257,7 @@ def plan(
     found, methods = settle(net, recipe, goal, data is not None)
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
     size = predicted_bytes(net, found, methods, wanted)
-    samples = _samples(net, data, methods, batch_size, wanted)
+    samples = samples_of(net, data, methods, batch_size, wanted)
     capturing, searching, allocation = 0.0, 0.0, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         seen = samples[:1] if goal is None else split(samples)[0] or samples
@@ -283,6 +291,19 @@ def plan(
 
 def _each(methods: Mapping[str, Method]) -> dict[str, list[Method]]:
     return {name: [method] for name, method in methods.items()}
+
+
+def _trained_in(
+    net: nn.Module,
+    methods: Mapping[str, Method],
+    how: AdmmTraining | None,
+    seconds: dict[str, float],
+    progress: Progress,
+) -> tuple[nn.Module, Pulled | None]:
+    if how is None:
+        return net, None
+    with _timed(seconds, "admm"):
+        return train_in(net, methods, how, progress)
 
 
 def _again(stage: Stage, over: dict[str, int], turns: int) -> Stage:
@@ -353,21 +374,6 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
     return found, methods
 
 
-def _samples(
-    net: nn.Module, data: Any, methods: dict[str, Method], batch_size: int, wanted: dict[str, int]
-) -> list[Batch]:
-    if data is None:
-        if wanted:
-            raise UsageError("rounding activations needs calibration data, to find their ranges")
-        needing = sorted({m.label for m in methods.values() if needs_inputs(m)})
-        if needing:
-            raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn or magnitude")
-        return []
-    samples = batches(data, batch_size)
-    check(net, samples[0])
-    return samples
-
-
 def _repaired(
     net: nn.Module,
     found: Scan,
@@ -383,7 +389,7 @@ def _repaired(
     if not samples:
         return small, Repair("none", False, None, None, 0, 0, "switched off or no data")
     norms = {n for n, m in small.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    before = {n: t for n, t in _tensors(small).items() if n.rpartition(".")[0] not in norms}
+    before = {n: t for n, t in tensors_of(small).items() if n.rpartition(".")[0] not in norms}
     buffers = {n: before[n] for n, _ in small.named_buffers() if n in before}
     progress("repair", 0, 1)
     outcome = repair(net, small, samples, found.units)
@@ -392,34 +398,11 @@ def _repaired(
     return small, outcome
 
 
-def _tensors(net: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and persistent buffer."""
-    return {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
-
-
 def _finetuned(solution: Solution, weight: Weight, w: Tensor, stats: LayerStats | None) -> Solution:
     """The same solution with a finetuned weight; its error is unknown where the moments of its inputs were not kept."""
     if stats is None:
         return replace(solution, weight=weight, error=math.nan, relative_error=math.nan)
     return Solution.of(weight, w, usable(stats), solution.status, solution.info, solution.padded, solution.remark)
-
-
-def _measured(evaluate: Callable[[nn.Module], float | dict[str, float]]) -> Callable[[nn.Module], dict[str, float]]:
-    return lambda network: _metrics(evaluate, network)
-
-
-def _metrics(evaluate: Callable[[nn.Module], float | dict[str, float]] | None, model: nn.Module) -> dict[str, float]:
-    if evaluate is None:
-        return {}
-    try:
-        with torch.no_grad():
-            value = evaluate(model)
-    except FeatherweightError:
-        raise
-    except Exception as error:  # the user's metric may raise anything
-        raise UsageError(f"the metric failed: {type(error).__name__}: {error}") from error
-    named = value if isinstance(value, dict) else {"metric": value}
-    return {str(name): float(number) for name, number in named.items()}
 
 
 @contextmanager

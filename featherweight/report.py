@@ -1,6 +1,7 @@
 """What was done and what came of it: plain data, and tables for people."""
 
 import math
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
@@ -14,6 +15,7 @@ from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact
 from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone
+from featherweight.pull import Pulled
 from featherweight.repair import Repair
 from featherweight.search import TEMPERATURE
 from featherweight.stages import stored_as
@@ -50,8 +52,8 @@ class Report:
     layer's Hessian took, relative to its mean diagonal. seconds: by stage. reused: how many weights came solved from
     the database, None where there was none. in_order: how many were solved on the compressed network's inputs;
     order_note: why on fewer samples, or not at all. float_inputs: where inputs are rounded, the weights whose inputs
-    are not, and why. allocation: how a target was met, None without one.
-    finetuned: how the loss fell, None without finetuning."""
+    are not, and why. allocation: how a target was met, None without one. pulled: how the dense network was trained,
+    None where it was not. finetuned: how the loss fell, None without finetuning."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -68,6 +70,7 @@ class Report:
     order_note: str = ""
     float_inputs: tuple[FloatInput, ...] = ()
     allocation: Allocation | None = None
+    pulled: Pulled | None = None
     finetuned: Trained | None = None
 
     @property
@@ -199,6 +202,14 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
     return [*lines, Text(line, style="dim")]
 
 
+def pulled_line(pulled: Pulled) -> str:
+    """One sentence."""
+    first, last = (statistics.median(each[k] for each in pulled.primal.values()) for k in (0, -1))
+    losses = " -> ".join(f"{x:.3g}" for x in pulled.losses)
+    change = f"distance of the weights to their forms {first:.1%} -> {last:.1%} (median)"
+    return f"trained by ADMM: {change}, mean loss of each epoch {losses}"
+
+
 def summary(report: Report, where: str) -> Group:
     """What `compress` prints last."""
     sizes = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
@@ -224,6 +235,8 @@ def summary(report: Report, where: str) -> Group:
         notes.append(Text(f"{report.in_order} of {len(report.rows)} weights {what}{note}", style="dim"))
     notes += float_inputs_lines(report.float_inputs)
     notes += allocation_lines(report.allocation, report.file_bytes)
+    if report.pulled is not None:
+        notes.append(Text(pulled_line(report.pulled)))
     if report.finetuned is not None:
         losses = " -> ".join(f"{x:.3g}" for x in report.finetuned.losses)
         notes.append(Text(f"finetuned: mean loss of each epoch {losses}"))
