@@ -9,6 +9,9 @@ from featherweight.errors import UsageError
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="of one input, where there are no data to tell: 3,32,32")
+]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
 Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, additive, magnitude, obs or admm, for all weights")]
 Bits = Annotated[float | None, typer.Option(help="1 to 8; of additive codes bits a weight, such as 2 or 2.33")]

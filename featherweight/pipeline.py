@@ -4,8 +4,8 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -20,12 +20,12 @@ from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.write import to_bytes
 from featherweight.candidates import tried
-from featherweight.data import Batch, batches, check, split
+from featherweight.data import Batch, split
 from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
 from featherweight.layers import LeftAlone, Scan, scan
-from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
+from featherweight.methods import GridSpec, Method, Obq, Solution
 from featherweight.methods.additive import additive_of
 from featherweight.methods.base import usable
 from featherweight.moments import basis_of, captured
@@ -36,6 +36,7 @@ from featherweight.report import Report, rows_of
 from featherweight.sharing import fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats
+from featherweight.synthesis import Assumed, assume, samples_of
 from featherweight.target import Baselines, Goal, baselines, target_bytes
 from featherweight.weights import Weight, united
 
@@ -70,7 +71,7 @@ class PlanRow:
 class Plan:
     """A dry run. file_bytes and seconds are predictions; capture_seconds is 0 where no data were given. float_inputs:
     where inputs would be rounded, those that would not, told from the kind of layer alone. search_seconds, allocation:
-    of a target."""
+    of a target. assumed: as in `Report`."""
 
     rows: tuple[PlanRow, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -81,6 +82,7 @@ class Plan:
     float_inputs: tuple[FloatInput, ...] = ()
     search_seconds: float = 0.0
     allocation: Allocation | None = None
+    assumed: Assumed | None = None
 
 
 @final
@@ -100,6 +102,7 @@ def compress(
     model: nn.Module,
     data: Any = None,
     *,
+    input_shape: Sequence[int] | None = None,
     method: Method | None = None,
     recipe: Recipe | None = None,
     target: str | int | Goal | None = None,
@@ -114,7 +117,9 @@ def compress(
 
     Args:
         data: calibration inputs (see `featherweight.data.batches`); about 1,000 samples work well. Labels are not used,
-            unless a goal's score asks for them. None is possible for methods that need no data.
+            unless a goal's score asks for them. None: what looks at inputs gets made-up ones where the network has
+            BatchNorm, and elsewhere the weights alone decide; the report says what was assumed.
+        input_shape: of one input, without data, such as (3, 32, 32); found by trying where it is not given.
         method: for every weight; OBQ at 4 bits where nothing is said.
         recipe: methods by pattern, what to leave out, and whether to correct statistics.
         target: size of the file (`"100kB"`, `"10x"`, `"12%"`), or a `Goal`: every weight gets the method and the ratio
@@ -134,19 +139,21 @@ def compress(
     store = None if database is None else Database.at(database)
     net, goal = plain_copy(model), goal_of(target)
     recipe = recipe or Recipe(method or Obq(GridSpec(4)))
-    found, methods = settle(net, recipe, goal, data is not None)
+    assumed = assume(net, data, recipe, goal is not None, input_shape)
+    found, methods = settle(net, recipe, goal, assumed is None or assumed.kind == "synthetic")
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
     if finetune is not None and wanted:
         raise UsageError("finetuning through rounded inputs does not work yet; leave out one of the two")
     original = _tensors(net)
-    samples = _samples(net, data, methods, batch_size, wanted)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "synthesize") if assumed else nullcontext():
+        samples, assumed = samples_of(net, data, batch_size, assumed, progress)
     if finetune is not None:
         finetune = replace(finetune, data=samples) if finetune.data is data else finetune
         finetune = rehearse(net, finetune)
         net.load_state_dict(original, strict=False)
     before = _metrics(evaluate, copy.deepcopy(net))
     about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-    seconds: dict[str, float] = {}
     trained = None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         with _timed(seconds, "capture"):
@@ -175,7 +182,7 @@ def compress(
             with _timed(seconds, "books"):
                 methods = {n: m[0] for n, m in fitted(net, found.units, stats, _each(methods), store, progress).items()}
             with _timed(seconds, "solve"):
-                work = Work(methods, store, progress, len(found.units))
+                work = Work(methods, store, progress, len(found.units), blind=not samples)
                 apart = {u.name: stats[u.name] for u in found.units if u not in then.units}
                 solutions = solved(work, net, found.units, apart, then, grids)
                 solutions = solutions if stage is None else stage.allocator.trimmed(solutions)
@@ -223,6 +230,7 @@ def compress(
         float_inputs=float_inputs,
         allocation=None if stage is None else stage.outcome,
         finetuned=trained,
+        assumed=assumed,
     )
     return Compressed(artifact, report)
 
@@ -231,6 +239,7 @@ def plan(
     model: nn.Module,
     data: Any = None,
     *,
+    input_shape: Sequence[int] | None = None,
     recipe: Recipe | None = None,
     target: str | int | Goal | None = None,
     batch_size: int = 128,
@@ -244,10 +253,11 @@ def plan(
     """
     net, goal = plain_copy(model), goal_of(target)
     recipe = recipe or Recipe(Obq(GridSpec(4)))
-    found, methods = settle(net, recipe, goal, data is not None)
+    assumed = assume(net, data, recipe, goal is not None, input_shape)
+    found, methods = settle(net, recipe, goal, assumed is None or assumed.kind == "synthetic")
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
     size = predicted_bytes(net, found, methods, wanted)
-    samples = _samples(net, data, methods, batch_size, wanted)
+    samples, assumed = samples_of(net, data, batch_size, assumed, progress, making=goal is not None)
     capturing, searching, allocation = 0.0, 0.0, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         seen = samples[:1] if goal is None else split(samples)[0] or samples
@@ -276,7 +286,7 @@ def plan(
         rows.append(PlanRow(*known, rises.get(unit.name)))
     total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
-    return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
+    return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation, assumed)
 
 
 def _each(methods: Mapping[str, Method]) -> dict[str, list[Method]]:
@@ -348,21 +358,6 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
             what = f"the target {goal.target} is {limit:,} bytes"
             raise InfeasibleError(f"{what}; the smallest reachable file has {size:,} bytes")
     return found, methods
-
-
-def _samples(
-    net: nn.Module, data: Any, methods: dict[str, Method], batch_size: int, wanted: dict[str, int]
-) -> list[Batch]:
-    if data is None:
-        if wanted:
-            raise UsageError("rounding activations needs calibration data, to find their ranges")
-        needing = sorted({m.label for m in methods.values() if not isinstance(m, Rtn | Magnitude)})
-        if needing:
-            raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn or magnitude")
-        return []
-    samples = batches(data, batch_size)
-    check(net, samples[0])
-    return samples
 
 
 def _repaired(

@@ -22,7 +22,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"solve", "sensitivity"},
     {"sharing"},
     {"packing", "finetune"},
-    {"candidates", "coupling", "moments"},
+    {"candidates", "coupling", "moments", "synthesis"},
     {"search"},
     {"scores"},
     {"allocator"},
