@@ -25,7 +25,7 @@ from featherweight.solve import Progress, needs_inputs
 
 COUNT = 256  # inputs
 LEAST = 64  # of a large network
-STEPS = 60
+STEPS = 40
 RATE = 0.1  # of Adam, where inputs have unit variance
 BATCH = 128  # inputs whose statistics are matched together
 WORK = 2e12  # multiply-adds that may be spent: about a minute of two cores
@@ -95,7 +95,7 @@ def synthesize(
     shape: Sequence[int] | None = None,
     *,
     count: int | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     seed: int = 0,
     progress: Progress = _quiet,
 ) -> Synthetic:
@@ -104,7 +104,7 @@ def synthesize(
     Args:
         shape: of one input, such as (3, 32, 32); found by trying where it is not given.
         count: how many; COUNT, fewer for a large network.
-        steps: of gradient descent. seed: the same gives the same inputs, on the same machine.
+        steps: of gradient descent, STEPS where nothing is said. seed: the same gives the same inputs, on the same machine.
 
     Raises:
         UsageError: no BatchNorm runs, the network does not accept the shape, or gives no gradient or NaN.
@@ -117,10 +117,11 @@ def synthesize(
 
 
 def _synthetic(
-    net: nn.Module, found: tuple[int, ...], count: int | None, steps: int, seed: int, progress: Progress
+    net: nn.Module, found: tuple[int, ...], count: int | None, steps: int | None, seed: int, progress: Progress
 ) -> Synthetic:
     if count is not None and not (type(count) is int and count > 1):
         raise UsageError(f"count must be a whole number above 1, got {count!r}")
+    steps = STEPS if steps is None else steps
     if not (type(steps) is int and steps > 0):
         raise UsageError(f"steps must be a whole number above 0, got {steps!r}")
     count = count or _count(net, found, steps)
@@ -178,7 +179,7 @@ def samples_of(
     if assumed is None or assumed.shape is None or not making:
         return [], assumed
     try:
-        made = _synthetic(net, assumed.shape, None, STEPS, 0, progress)
+        made = _synthetic(net, assumed.shape, None, None, 0, progress)
     except UsageError as error:
         return [], Assumed("weights", note=str(error))
     worst = max(made.mismatch.items(), key=lambda item: item[1])
@@ -257,7 +258,7 @@ def _matched(net: nn.Module, start: Tensor, steps: int, on_step: Callable[[int],
         shift, scale = _differences(norms[name], mean, variance)
         lost.append(shift.square().mean() + scale.square().mean())
 
-    x = start.to(device_of(net)).requires_grad_(True)
+    x = start.clone().to(device_of(net)).requires_grad_(True)
     adam = torch.optim.Adam([x], lr=RATE)
     with _watched(norms, see), torch.enable_grad():
         for step in range(steps):
