@@ -1,4 +1,4 @@
-"""What can be had without any data: files of `compress` with no `--data`, beside plain baselines and the same with data.
+"""What can be had without any data: `compress` with no `--data`, beside plain baselines and the same with data.
 
     python -m bench.datafree [--only none] [--zoo ../shared/zoo.py]
 

@@ -84,7 +84,8 @@ NETWORKS = {  # network: (calibration data, test data, settings)
 
 
 def measure(zoo: Path, network: str, calibration: str | None, test: str, settings: str, file: Path) -> dict[str, Any]:
-    """One line of the table: the command's own JSON, and its wall time including start-up. calibration: None for none."""
+    """One line of the table: the command's own JSON, and its wall time including start-up. calibration: None
+    for a run without data."""
     command = [sys.executable, "-m", "featherweight", "compress", f"{zoo}:{network}", "-o", str(file), "--json"]
     command += [] if calibration is None else ["--data", f"{zoo}:{calibration}"]
     command += ["--test", f"{zoo}:{test}", *settings.split()]

@@ -104,7 +104,8 @@ def synthesize(
     Args:
         shape: of one input, such as (3, 32, 32); found by trying where it is not given.
         count: how many; COUNT, fewer for a large network.
-        steps: of gradient descent, STEPS where nothing is said. seed: the same gives the same inputs, on the same machine.
+        steps: of gradient descent, STEPS where nothing is said.
+        seed: the same gives the same inputs, on the same machine.
 
     Raises:
         UsageError: no BatchNorm runs, the network does not accept the shape, or gives no gradient or NaN.
