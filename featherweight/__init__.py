@@ -32,6 +32,7 @@ from featherweight.recipe import Override, Recipe, read_recipe
 from featherweight.report import Report
 from featherweight.slim import slim
 from featherweight.stats import capture
+from featherweight.synthesis import Synthetic, synthesize
 from featherweight.target import Goal, target_bytes
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Rows",
     "Rtn",
     "SolveError",
+    "Synthetic",
     "Unstructured",
     "UsageError",
     "Vectors",
@@ -82,5 +84,6 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "scan",
     "simulate",
     "slim",
+    "synthesize",
     "target_bytes",
 ]

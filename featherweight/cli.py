@@ -28,12 +28,14 @@ from featherweight.proof import check_output, meter, save_proved
 from featherweight.recipe import Recipe, method_of, read_recipe
 from featherweight.report import (
     allocation_lines,
+    assumed_lines,
     float_inputs_lines,
     left_alone_table,
     rows_of,
     summary,
     weights_table,
 )
+from featherweight.synthesis import shape_of
 from featherweight.target import Goal
 from featherweight.userland import call, make_model
 
@@ -53,6 +55,7 @@ def compress_command(
     model: opt.ModelSpec,
     output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")] = Path("small.fw"),
     data: opt.DataSpec = None,
+    input_shape: opt.InputShape = None,
     weights: opt.Weights = None,
     method: opt.Method = None,
     bits: opt.Bits = None,
@@ -109,6 +112,7 @@ def compress_command(
     if residuals is not None:
         check_residuals(residuals, output)
     chosen = _recipe(settings, goal, recipe, include, exclude, no_repair, activations, sequential)
+    shape = None if input_shape is None else shape_of(input_shape)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     # whatever the user's code prints is not our output
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
@@ -122,6 +126,7 @@ def compress_command(
         small = compress(
             network,
             calibration,
+            input_shape=shape,
             recipe=chosen,
             target=goal,
             evaluate=measure if front is not None and test else None,
@@ -157,6 +162,7 @@ def compress_command(
 def plan_command(
     model: opt.ModelSpec,
     data: opt.DataSpec = None,
+    input_shape: opt.InputShape = None,
     weights: opt.Weights = None,
     method: opt.Method = None,
     bits: opt.Bits = None,
@@ -189,12 +195,14 @@ def plan_command(
     settings = opt.settings_of(locals())
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)
     chosen = _recipe(settings, goal, recipe, include, exclude, False, activations, None)
+    shape = None if input_shape is None else shape_of(input_shape)
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
         calibration = call(data) if data else None
         found = plan(
             network,
             calibration,
+            input_shape=shape,
             recipe=chosen,
             target=goal,
             batch_size=batch_size,
@@ -212,7 +220,7 @@ def plan_command(
     reading = f"{found.capture_seconds:.0f} s of it to read the calibration data"
     searching = f", {found.search_seconds:.0f} s to choose" if found.allocation is not None else ""
     out.print(f"predicted time {found.seconds:.0f} s, {reading}{searching}")
-    out.print(*allocation_lines(found.allocation, found.file_bytes), sep="\n")
+    out.print(*assumed_lines(found.assumed), *allocation_lines(found.allocation, found.file_bytes), sep="\n")
 
 
 @app.command("finetune")

@@ -4,20 +4,19 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, FloatInput, calibrate
-from featherweight.data import Batch, batches, check, split
+from featherweight.data import Batch, split
 from featherweight.database import Database
-from featherweight.errors import UsageError
 from featherweight.layers import Scan
 from featherweight.methods import Method
 from featherweight.methods.additive import additive_of
 from featherweight.moments import basis_of, captured
 from featherweight.recipe import Recipe
-from featherweight.solve import Order, Progress, needs_inputs, order
+from featherweight.solve import Order, Progress, order
 from featherweight.stats import LayerStats
 from featherweight.target import Goal
 
@@ -57,21 +56,6 @@ def look_at(
     grids, float_inputs = calibrate(net, samples, found.units, wanted)
     net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
     return Look(then, stats, grids, float_inputs, basis)
-
-
-def samples_of(
-    net: nn.Module, data: Any, methods: dict[str, Method], batch_size: int, wanted: dict[str, int]
-) -> list[Batch]:
-    if data is None:
-        if wanted:
-            raise UsageError("rounding activations needs calibration data, to find their ranges")
-        needing = sorted({m.label for m in methods.values() if needs_inputs(m)})
-        if needing:
-            raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn or magnitude")
-        return []
-    samples = batches(data, batch_size)
-    check(net, samples[0])
-    return samples
 
 
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,9 @@ from featherweight.userland import call
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="of one input, where there are no data to tell: 3,32,32")
+]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
 Method = Annotated[
     str | None,

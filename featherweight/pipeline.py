@@ -4,8 +4,8 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -23,7 +23,7 @@ from featherweight.data import Batch, split
 from featherweight.database import Database
 from featherweight.errors import InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
-from featherweight.inputs import look_at, samples_of, tensors_of
+from featherweight.inputs import look_at, tensors_of
 from featherweight.layers import LeftAlone, Scan, scan
 from featherweight.methods import GridSpec, Method, Obq, Plain, Solution
 from featherweight.methods.base import usable
@@ -38,6 +38,7 @@ from featherweight.report import Report, rows_of
 from featherweight.sharing import fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats
+from featherweight.synthesis import Assumed, assume, samples_of
 from featherweight.target import Baselines, Goal, baselines, target_bytes
 from featherweight.weights import Weight, united
 
@@ -74,7 +75,7 @@ class PlanRow:
 class Plan:
     """A dry run. file_bytes and seconds are predictions; capture_seconds is 0 where no data were given. float_inputs:
     where inputs would be rounded, those that would not, told from the kind of layer alone. search_seconds, allocation:
-    of a target."""
+    of a target. assumed: as in `Report`."""
 
     rows: tuple[PlanRow, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -85,6 +86,7 @@ class Plan:
     float_inputs: tuple[FloatInput, ...] = ()
     search_seconds: float = 0.0
     allocation: Allocation | None = None
+    assumed: Assumed | None = None
 
 
 @final
@@ -104,6 +106,7 @@ def compress(
     model: nn.Module,
     data: Any = None,
     *,
+    input_shape: Sequence[int] | None = None,
     method: Method | None = None,
     recipe: Recipe | None = None,
     target: str | int | Goal | None = None,
@@ -119,7 +122,9 @@ def compress(
 
     Args:
         data: calibration inputs (see `featherweight.data.batches`); about 1,000 samples work well. Labels are not used,
-            unless a goal's score asks for them. None is possible for methods that need no data.
+            unless a goal's score asks for them. None: what looks at inputs gets made-up ones where the network has
+            BatchNorm, and elsewhere the weights alone decide; the report says what was assumed.
+        input_shape: of one input, without data, such as (3, 32, 32); found by trying where it is not given.
         method: for every weight; OBQ at 4 bits where nothing is said.
         recipe: methods by pattern, what to leave out, and whether to correct statistics.
         target: size of the file (`"100kB"`, `"10x"`, `"12%"`), or a `Goal`: every weight gets the method and the ratio
@@ -141,12 +146,15 @@ def compress(
     store = None if database is None else Database.at(database)
     net, goal = plain_copy(model), goal_of(target)
     recipe = recipe or Recipe(method or Obq(GridSpec(4)))
-    found, methods = settle(net, recipe, goal, data is not None)
+    assumed = assume(net, data, recipe, goal is not None, input_shape)
+    found, methods = settle(net, recipe, goal, assumed is None or assumed.kind == "synthetic")
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
     if finetune is not None and wanted:
         raise UsageError("finetuning through rounded inputs does not work yet; leave out one of the two")
     original = tensors_of(net)
-    samples = samples_of(net, data, methods, batch_size, wanted)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "synthesize") if assumed else nullcontext():
+        samples, assumed = samples_of(net, data, batch_size, assumed, progress)
     if admm is not None:
         given, admm = admm.data, rehearse(net, replace(admm, data=samples) if admm.data is data else admm)
         finetune = finetune and (replace(finetune, data=admm.data) if finetune.data is given else finetune)
@@ -155,7 +163,6 @@ def compress(
     net.load_state_dict(original, strict=False)
     before, dense = measured(evaluate, copy.deepcopy(net)), net
     about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-    seconds: dict[str, float] = {}
     trained, stage, pulled = None, None, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         if goal is None:
@@ -184,7 +191,7 @@ def compress(
             with _timed(seconds, "books"):
                 methods = {n: m[0] for n, m in fitted(net, found.units, stats, _each(methods), store, progress).items()}
             with _timed(seconds, "solve"):
-                work = Work(methods, store, progress, len(found.units))
+                work = Work(methods, store, progress, len(found.units), blind=not samples)
                 apart = {u.name: stats[u.name] for u in found.units if u not in then.units}
                 solutions = solved(work, net, found.units, apart, then, grids)
                 solutions = solutions if stage is None else stage.allocator.trimmed(solutions)
@@ -233,6 +240,7 @@ def compress(
         pulled=pulled,
         allocation=None if stage is None else stage.outcome,
         finetuned=trained,
+        assumed=assumed,
     )
     return Compressed(artifact, report)
 
@@ -241,6 +249,7 @@ def plan(
     model: nn.Module,
     data: Any = None,
     *,
+    input_shape: Sequence[int] | None = None,
     recipe: Recipe | None = None,
     target: str | int | Goal | None = None,
     batch_size: int = 128,
@@ -254,10 +263,11 @@ def plan(
     """
     net, goal = plain_copy(model), goal_of(target)
     recipe = recipe or Recipe(Obq(GridSpec(4)))
-    found, methods = settle(net, recipe, goal, data is not None)
+    assumed = assume(net, data, recipe, goal is not None, input_shape)
+    found, methods = settle(net, recipe, goal, assumed is None or assumed.kind == "synthetic")
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
     size = predicted_bytes(net, found, methods, wanted)
-    samples = samples_of(net, data, methods, batch_size, wanted)
+    samples, assumed = samples_of(net, data, batch_size, assumed, progress, making=goal is not None)
     capturing, searching, allocation = 0.0, 0.0, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         seen = samples[:1] if goal is None else split(samples)[0] or samples
@@ -286,7 +296,7 @@ def plan(
         rows.append(PlanRow(*known, rises.get(unit.name), method.why if isinstance(method, Plain) else ""))
     total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
-    return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
+    return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation, assumed)
 
 
 def _each(methods: Mapping[str, Method]) -> dict[str, list[Method]]:

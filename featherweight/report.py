@@ -19,6 +19,7 @@ from featherweight.pull import Pulled
 from featherweight.repair import Repair
 from featherweight.search import TEMPERATURE
 from featherweight.stages import stored_as
+from featherweight.synthesis import Assumed
 from featherweight.target import Baselines
 from featherweight.weights import Factors
 
@@ -29,7 +30,7 @@ FULL = 0.98  # of a budget: below, people are told why
 @dataclass(frozen=True, slots=True)
 class Row:
     """One weight. bytes: its exact payload. bits: per weight, everything it stores included. error: share of the
-    layer's output energy that was lost on the calibration data (0 is lossless), None where there were no data.
+    layer's output energy that was lost on the calibration data (0 is lossless), of the weights' where there were none.
     input_bits: what its inputs are rounded to, None for float inputs."""
 
     name: str
@@ -53,7 +54,8 @@ class Report:
     the database, None where there was none. in_order: how many were solved on the compressed network's inputs;
     order_note: why on fewer samples, or not at all. float_inputs: where inputs are rounded, the weights whose inputs
     are not, and why. allocation: how a target was met, None without one. pulled: how the dense network was trained,
-    None where it was not. finetuned: how the loss fell, None without finetuning."""
+    None where it was not. finetuned: how the loss fell, None without finetuning. assumed: what stood in for data, None
+    where there were some or none were looked at."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -72,6 +74,7 @@ class Report:
     allocation: Allocation | None = None
     pulled: Pulled | None = None
     finetuned: Trained | None = None
+    assumed: Assumed | None = None
 
     @property
     def ratio(self) -> float:
@@ -80,7 +83,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self) | {"ratio": self.ratio}
+        return asdict(self) | {"ratio": self.ratio, "notes": [str(line) for line in assumed_lines(self.assumed)]}
 
 
 def rows_of(artifact: Artifact) -> tuple[Row, ...]:
@@ -157,6 +160,11 @@ def float_inputs_lines(left: tuple[FloatInput, ...]) -> list[Text]:
     return lines
 
 
+def assumed_lines(assumed: Assumed | None) -> list[Text]:
+    """What stood in for data."""
+    return [] if assumed is None else [Text(assumed.text, style="yellow")]
+
+
 def repair_line(repair: Repair) -> str:
     """One sentence."""
     what = {"batchnorm": "BatchNorm statistics", "mean": "layer means"}.get(repair.kind, "correction")
@@ -226,7 +234,8 @@ def summary(report: Report, where: str) -> Group:
     sizes.add_row("plain int8", f"{base.int8:,}", f"{base.fp32 / base.int8:.1f}x", *blank, style="dim")
     after = [f"{report.after[m]:.2f}" if m in report.after else "" for m in metrics]
     sizes.add_row(escape(where), f"{report.file_bytes:,}", f"{report.ratio:.1f}x", *after, style="bold")
-    notes = [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
+    notes = assumed_lines(report.assumed)
+    notes += [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
     if report.reused is not None:
         notes.append(Text(f"{report.reused} of {len(report.rows)} weights came solved from the database"))
     if report.in_order or report.order_note:

@@ -21,7 +21,7 @@ from featherweight.scores import CORRECTING, Scores
 from featherweight.search import TEMPERATURE
 from featherweight.stats import LayerStats, capture
 from featherweight.target import Goal, share_of
-from tests.nets import images, tiny
+from tests.nets import images, tiny, words
 
 
 def goal(target: str | int | None = "6x", **settings) -> Goal:
@@ -102,14 +102,14 @@ def test_several_targets_hold_together():
 
 
 def test_without_data_weights_alone_decide():
-    small = fw.compress(digits.make(), target="6x")
+    small = fw.compress(words(), target="6x")
     found = small.report.allocation
     assert small.report.file_bytes <= found.limits["bytes"]
     assert {r.method.split()[0] for r in small.report.rows} <= {"rtn", "magnitude"}
     assert "no data" in found.score
     assert found.measured is None
     with pytest.raises(UsageError, match="needs data"):
-        fw.compress(digits.make(), target=Goal(bops="0.1x"))
+        fw.compress(words(), target=Goal(bops="0.1x"))
 
 
 def test_a_network_without_gradients_is_scored_by_its_layer_errors():
@@ -291,7 +291,7 @@ def test_scores_that_cannot_be_had():
     with pytest.raises(UsageError, match="one class label a sample"):
         fw.compress(tiny(), unlabelled, target=goal(1700, score="labels"))
     with pytest.raises(UsageError, match="needs data"):
-        fw.compress(tiny(), target=goal(1700, score="measured"))
+        fw.compress(words(), target=Goal("4x", score="measured"))
     x, y = images().tensors
     with pytest.raises(UsageError, match="labels from 0 to"):
         fw.compress(tiny(), TensorDataset(x, y - 100), target=goal(1700, score="labels"))

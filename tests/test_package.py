@@ -23,7 +23,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"sharing"},
     {"packing", "finetune"},
     {"pull"},
-    {"candidates", "coupling", "moments"},
+    {"candidates", "coupling", "moments", "synthesis"},
     {"search"},
     {"scores"},
     {"allocator"},
