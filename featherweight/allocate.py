@@ -18,6 +18,7 @@ from torch import nn
 
 from featherweight.activations import ActivationGrid
 from featherweight.allocator import MARGIN, Allocation, Allocator, Point, chosen, spread
+from featherweight.artifact.schema import Artifact, StoredUnit
 from featherweight.candidates import (
     FLOAT,
     Candidate,
@@ -26,6 +27,8 @@ from featherweight.candidates import (
     tried,
     uses,
 )
+from featherweight.chains import as_chains, chains_of
+from featherweight.counting import LAYERS, Place, places, single
 from featherweight.coupling import couplings
 from featherweight.data import Batch, cut, split
 from featherweight.database import Database, fingerprint
@@ -39,6 +42,7 @@ from featherweight.search import Choices, Judge, Task, search
 from featherweight.sharing import fitted
 from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, Score
+from featherweight.weights import Factors
 
 EFFORT = 4e12  # multiply-adds that the search may spend on measuring policies
 SECONDS = 60  # that this takes, about
@@ -101,9 +105,13 @@ class Stage:
 
     def recounted(self, solutions: Mapping[str, Solution], small: nn.Module) -> "Stage":
         """With MACs, BOPs and latency of what is stored, and of the network that it makes."""
-        counted = self.allocator.counted({name: s.weight for name, s in solutions.items()})
-        clock = self.allocator.clock
-        took = {} if clock is None else {"latency": clock.network(small)}
+        weights = {name: s.weight for name, s in solutions.items()}
+        counted, clock, took = self.allocator.counted(weights), self.allocator.clock, {}
+        if clock is not None:
+            units = [StoredUnit(u.names, u.view, weights[u.name], "") for u in self.allocator.found.units]
+            made = Artifact(tuple(u for u in units if isinstance(u.weight, Factors)), {}, ())
+            quick = as_chains(copy.deepcopy(small), made, chains_of(small, made, example=clock.batch))
+            took = {"latency": clock.network(quick)}
         return replace(self, outcome=replace(self.outcome, **counted, **took))
 
     def over(self, size: int = 0) -> dict[str, int]:
@@ -152,9 +160,10 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     clock = None if goal.latency is None else Clock(net, solving[0], units)
     params = sum(p.numel() for p in net.parameters())
     limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2, 0 if clock is None else clock.dense, params)
-    candidates, what = _candidates(setting, tries, groups, goal.score, solving, judging, progress, clock)
+    calls = _calls(net, units, samples)
+    candidates, what = _candidates(setting, tries, groups, goal.score, solving, judging, progress, clock, calls)
     coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.structured else {}
-    known = setting.grids, setting.about, coupled, positions, setting.input_bits, clock
+    known = setting.grids, setting.about, coupled, positions, setting.input_bits, clock, calls
     allocator = Allocator(net, setting.found, candidates, groups, *known)
     task = allocator.task(limits)
     judge = _judge(setting, candidates, judging) if measuring else None
@@ -214,6 +223,7 @@ def _candidates(
     judging: Sequence[Batch],
     progress: Progress,
     clock: Clock | None,
+    calls: Mapping[str, tuple[Place, ...]],
 ) -> tuple[dict[str, tuple[Candidate, ...]], str]:
     """Candidates by unit name, and what their scores are, for people: on samples that no candidate was solved on, where
     there are any. Scores are kept in the database, too."""
@@ -223,7 +233,7 @@ def _candidates(
     kept = None if key is None else setting.store.tensors(key)
     if kept is not None:
         order, missing = iter(kept["rises"].tolist()), [units[i].name for i in kept["missing"].tolist()]
-        found = _solved(setting, tries, groups, solving, lambda *_: next(order), progress, clock)
+        found = _solved(setting, tries, groups, solving, lambda *_: next(order), progress, clock, calls)
         return _on_one_scale(found, missing), words(how, len(missing))
     scores = Scores.of(
         how, setting.net, judging or solving, units, setting.folder, progress, setting.grids, setting.correcting
@@ -234,7 +244,7 @@ def _candidates(
         rises.append(scores.rise(unit, solution))
         return rises[-1]
 
-    found = _solved(setting, tries, groups, solving, rise, progress, clock)
+    found = _solved(setting, tries, groups, solving, rise, progress, clock, calls)
     if key is not None and scores.what == words(how, len(scores.missing)):
         missing = [i for i, u in enumerate(units) if u.name in scores.missing]
         tensors = {"rises": torch.tensor(rises, dtype=torch.float64), "missing": torch.tensor(missing).long()}
@@ -260,11 +270,22 @@ def _solved(
     rise: Callable[[Unit, Solution], float],
     progress: Progress,
     clock: Clock | None,
+    calls: Mapping[str, tuple[Place, ...]],
 ) -> dict[str, tuple[Candidate, ...]]:
     count = sum(b.size for b in solving)
     layers = setting.net, setting.found.units, setting.stats
     known = rise, tries, setting.fixed, setting.input_bits, count, setting.store, progress
-    return solve_candidates(*layers, *known, groups, clock)
+    return solve_candidates(*layers, *known, groups, clock, calls)
+
+
+def _calls(net: nn.Module, units: Sequence[Unit], samples: Sequence[Batch]) -> dict[str, tuple[Place, ...]]:
+    """Where the units' layers are called for one sample, by unit name; nothing without data."""
+    if not samples:
+        return {}
+    owners = {u.name: u.name.rpartition(".")[0] for u in units if u.kind not in ("attention", "embedding")}
+    plain = {n: place for n, place in owners.items() if isinstance(net.get_submodule(place), LAYERS)}
+    seen = places(net, single(samples[0]), sorted(set(plain.values())))
+    return {n: seen[place] for n, place in plain.items()}
 
 
 def _judge(setting: Setting, candidates: Mapping[str, tuple[Candidate, ...]], judging: Sequence[Batch]) -> Judge | None:

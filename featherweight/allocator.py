@@ -17,6 +17,7 @@ from featherweight.candidates import (
     operations,
     without_rows,
 )
+from featherweight.counting import Place
 from featherweight.errors import InfeasibleError
 from featherweight.knapsack import Menu, Policy, front
 from featherweight.latency import Clock
@@ -95,8 +96,8 @@ class Allocation:
 class Allocator:
     """The candidates of a network, and what the whole file costs with any choice of them, one for each group of tied
     units. groups: see `ties`. grids, about: see `packing.packed`. coupled: see `couplings`; positions: how often each
-    unit's matrix is used for one sample; input_bits: see `solve_candidates`. clock: where latency has a limit. known:
-    what was counted before."""
+    unit's matrix is used for one sample; input_bits: see `solve_candidates`. clock: where latency has a limit. calls:
+    see `operations`. known: what was counted before."""
 
     net: nn.Module
     found: Scan
@@ -108,6 +109,7 @@ class Allocator:
     positions: Mapping[str, float]
     input_bits: Mapping[str, int]
     clock: Clock | None = None
+    calls: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
     known: dict[tuple[int, int, int], dict[str, int]] = field(default_factory=dict)
 
     def size(self, choices: Choices) -> int:
@@ -159,7 +161,8 @@ class Allocator:
         return max(self.clock.dense - whole, 0)
 
     def _operations(self, unit: Unit, weight: Weight) -> dict[str, int]:
-        return operations(weight, unit, self.positions[unit.name], self.input_bits.get(unit.name, 0), self.clock)
+        known = self.positions[unit.name], self.input_bits.get(unit.name, 0), self.clock
+        return operations(weight, unit, *known, self.calls.get(unit.name, ()))
 
     def _own(self, i: int, choices: Choices) -> dict[str, int]:
         """What one unit costs beside the others, each case counted once; choices: of every unit."""

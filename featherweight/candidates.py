@@ -6,12 +6,15 @@ solved again by the best ones, see `refined`.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from featherweight.chains.layers import sequence
+from featherweight.counting import Place, chain_macs, dense_macs
 from featherweight.database import Database, Shared
 from featherweight.errors import SolveError, UsageError
 from featherweight.knapsack import Menu, useful
@@ -20,12 +23,14 @@ from featherweight.layers import Unit, matching
 from featherweight.methods import (
     Additive,
     Channels,
+    Factorize,
     Gptq,
     GridSpec,
     Magnitude,
     Method,
     Obq,
     Obs,
+    Plain,
     PruneQuantize,
     Rtn,
     Solution,
@@ -33,6 +38,7 @@ from featherweight.methods import (
 )
 from featherweight.methods.additive import NARROW, WIDTH
 from featherweight.methods.books import vectors_of
+from featherweight.stages import Chain, chain_of
 from featherweight.stats import LayerStats
 from featherweight.target import Among, Goal
 from featherweight.weights import Codebook, Factors, Grid, Sparse, Weight
@@ -45,6 +51,8 @@ STRUCTURE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of the 
 CHANNEL_BITS = (3, 4, 5, 8)
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
 RATES = (1.5, 2.0, 3.0)  # bits a weight of additive quantization
+KEEP = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)  # shares of the numbers that factors have
+FACTOR_BITS = (4, 6, 8)  # of their grids, where bytes or BOPs are limited
 FLOAT = 32  # bits that a multiplication counts where a factor is not on a grid
 
 
@@ -71,9 +79,13 @@ class Candidate:
 def forms(unit: Unit, goal: Goal, with_data: bool = True, weights: int = 0) -> list[Method]:
     """The methods that are tried for a unit; without data those that need none. weights: of all units, which decide how
     large books may be."""
+    if goal.among == "factors":
+        return _plain(goal) + _factored(unit, goal, with_data)
+    factors = _factored(unit, goal, with_data) if goal.among == "all" else []
     if goal.structured:
-        return _structured(unit, goal)
-    return _unstructured(unit, goal.among, with_data) + (_additive(unit, goal, weights) if with_data else [])
+        return _structured(unit, goal) + factors
+    found = _unstructured(unit, goal.among, with_data) + (_additive(unit, goal, weights) if with_data else [])
+    return found if goal.params is None else found + factors
 
 
 def tried(
@@ -147,6 +159,24 @@ def _additive(unit: Unit, goal: Goal, weights: int) -> list[Method]:
     return [Additive(v, width=1) for v in specs] if fits and goal.among in ("additive", "all") else []
 
 
+def _plain(goal: Goal) -> list[Method]:
+    """The weight as it is, also on grids where bytes or BOPs are limited."""
+    return [Plain(), *(Gptq(GridSpec(b, b == 8)) for b in _factor_bits(goal))]
+
+
+def _factored(unit: Unit, goal: Goal, with_data: bool) -> list[Method]:
+    """Products of factors, of the form with the least error, where the layer can have one."""
+    grids = [None, *(GridSpec(b, b == 8) for b in _factor_bits(goal))]
+    kernel = tuple(unit.view.shape[2:]) if unit.taps > 1 else ()
+    every = [Factorize("best", keep, whiten=with_data, grid=grid) for keep in KEEP for grid in grids]
+    own = [m.for_layer(unit.view.matrix_shape, kernel, unit.groups) for m in every]
+    return [m for m in own if isinstance(m, Factorize)]
+
+
+def _factor_bits(goal: Goal) -> tuple[int, ...]:
+    return () if goal.target is None and goal.bops is None else FACTOR_BITS
+
+
 def refined(method: Method) -> Method:
     """The better form of a candidate's method, which takes longer and stores as much; books are fitted anew, as fewer
     weights use them."""
@@ -173,8 +203,9 @@ def solve_candidates(
     progress: Callable[[str, int, int], None],
     groups: Sequence[Sequence[int]] | None = None,
     clock: Clock | None = None,
+    calls: Mapping[str, tuple[Place, ...]] | None = None,
 ) -> dict[str, tuple[Candidate, ...]]:
-    """Candidates by unit name, those left out that another one beats in bytes, MACs, BOPs and rise.
+    """Candidates by unit name, those left out that another one beats in bytes, MACs, BOPs, parameters and rise.
 
     Args:
         methods: what is tried, by unit name, see `forms`. fixed: units whose methods are taken as they are, not
@@ -182,7 +213,7 @@ def solve_candidates(
         rise: the predicted distance, see `Candidate`, of a unit's solution.
         input_bits: of the units' inputs, missing or 0 for floats. samples: how many the statistics are of.
         clock: for latencies. groups: see `ties`; tied units keep the candidates that together are not beaten, in the
-            same order.
+            same order. calls: of the units' layers, for multiply-adds of factors, see `operations`.
     """
     total, done = sum(map(len, methods.values())), 0
     found: dict[str, list[Candidate]] = {}
@@ -199,7 +230,8 @@ def solve_candidates(
             except SolveError as error:
                 raise SolveError(f"{unit.name}: {error}") from error
             final = method if unit.name in fixed else refined(method)
-            counted = operations(solution.weight, unit, positions, input_bits.get(unit.name, 0), clock)
+            own = positions, input_bits.get(unit.name, 0), clock, (calls or {}).get(unit.name, ())
+            counted = operations(solution.weight, unit, *own)
             size, lost = solution.weight.bits() // 8, rise(unit, solution)
             rows.append(Candidate(method, final, solution, bytes=size, rise=lost, **counted))
             done += 1
@@ -219,16 +251,41 @@ def menu_of(together: Sequence[Sequence[Candidate]], budgets: Sequence[str]) -> 
     return Menu(costs.sum(axis=0), np.array([[c.rise for c in rows] for rows in together], np.float64).sum(axis=0))
 
 
-def operations(weight: Weight, unit: Unit, positions: float, input_bits: int, clock: Clock | None) -> dict[str, int]:
-    """MACs, BOPs, latency and parameters of one weight, see `Candidate`. positions: see `uses`."""
-    macs = round(positions * live(weight, unit))
+def operations(
+    weight: Weight,
+    unit: Unit,
+    positions: float,
+    input_bits: int,
+    clock: Clock | None,
+    calls: Sequence[Place] = (),
+) -> dict[str, int]:
+    """MACs, BOPs, latency and parameters of one weight, see `Candidate`. positions: see `uses`. calls: of its layer for
+    one sample; a weight of factors is counted as the chain of layers that it can run as, which multiplies as often for
+    each multiplication of the dense layer as it does there."""
+    chain = _chain(weight, unit, calls)
+    each = live(weight, unit)
+    if chain is not None:
+        each *= chain_macs(chain, unit.view, unit.kind, calls) / dense_macs(unit.view, unit.kind, calls)
+    macs = round(positions * each)
     bops = macs * weight_bits(weight) * (input_bits or FLOAT)
-    return {
-        "macs": macs,
-        "bops": bops,
-        "latency": 0 if clock is None else clock.layer(unit, *extent(weight, unit)),
-        "params": numbers(weight),
-    }
+    latency = 0
+    if clock is not None:
+        latency = clock.layer(unit, *extent(weight, unit))
+        if chain is not None and isinstance(weight, Factors):
+            made = partial(sequence, weight=weight, view=unit.view, chain=chain)
+            latency = min(latency, clock.instead(unit, made, chain.links))
+    return {"macs": macs, "bops": bops, "latency": latency, "params": numbers(weight)}
+
+
+def _chain(weight: Weight, unit: Unit, calls: Sequence[Place]) -> Chain | None:
+    """What a weight of factors runs as; None where that is the dense layer, as a chain would multiply no less."""
+    if not isinstance(weight, Factors) or not calls or len(unit.names) > 1 or unit.kind in ("attention", "embedding"):
+        return None
+    chain = chain_of(weight, unit.view, unit.kind in ("conv", "conv_transpose"))
+    if chain is None or unit.groups > 1:
+        return None
+    fewer = chain_macs(chain, unit.view, unit.kind, calls) < dense_macs(unit.view, unit.kind, calls)
+    return chain if fewer else None
 
 
 def numbers(weight: Weight) -> int:
@@ -291,6 +348,8 @@ def channels_read(weight: Weight, unit: Unit) -> Tensor:
 
 
 def weight_bits(weight: Weight) -> int:
-    """Bits of one weight as a factor."""
+    """Bits of one weight as a factor; of several factors the most."""
+    if isinstance(weight, Factors):
+        return max(weight_bits(part) for part in weight.parts)
     values = weight.values if isinstance(weight, Sparse) else weight
     return values.nbits if isinstance(values, Grid) else FLOAT

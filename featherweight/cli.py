@@ -74,6 +74,7 @@ def compress_command(
     target_macs: opt.TargetMacs = None,
     target_bops: opt.TargetBops = None,
     target_latency: opt.TargetLatency = None,
+    target_params: opt.TargetParams = None,
     among: opt.AmongKinds = "all",
     score: opt.ScoreKind = "outputs",
     tie: opt.Tied = None,
@@ -106,7 +107,8 @@ def compress_command(
     if database is not None:
         Database.at(database)
     settings = opt.settings_of(locals())
-    goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, measurements, front)
+    targets = target, target_macs, target_bops, target_latency, target_params
+    goal = _goal(targets, among, score, tie, measurements, front)
     if front is not None:
         check_front(front, output)
     if residuals is not None:
@@ -181,6 +183,7 @@ def plan_command(
     target_macs: opt.TargetMacs = None,
     target_bops: opt.TargetBops = None,
     target_latency: opt.TargetLatency = None,
+    target_params: opt.TargetParams = None,
     among: opt.AmongKinds = "all",
     score: opt.ScoreKind = "outputs",
     tie: opt.Tied = None,
@@ -193,7 +196,8 @@ def plan_command(
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
     settings = opt.settings_of(locals())
-    goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)
+    targets = target, target_macs, target_bops, target_latency, target_params
+    goal = _goal(targets, among, score, tie, None, None)
     chosen = _recipe(settings, goal, recipe, include, exclude, False, activations, None)
     shape = None if input_shape is None else shape_of(input_shape)
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
@@ -333,25 +337,23 @@ def demo_command(as_json: opt.Json = False) -> None:
 
 
 def _goal(
-    target: str | None,
-    macs: str | None,
-    bops: str | None,
-    latency: str | None,
+    targets: tuple[str | None, ...],
     among: str,
     score: str,
     tie: list[str] | None,
     measurements: int | None,
     front: Path | None,
 ) -> Goal | None:
-    """What the options ask for; None without any target."""
-    if target is None and macs is None and bops is None and latency is None:
+    """What the options ask for; None without any target. targets: bytes, MACs, BOPs, latency, parameters."""
+    target, macs, bops, latency, params = targets
+    if all(t is None for t in targets):
         if (among, score) != ("all", "outputs") or tie or measurements is not None or front is not None:
             options = "--among, --score, --tie, --measurements and --front"
             raise UsageError(f"{options} are of a target: give --target, for example 10x")
         return None
     if front is not None:
         check_output(front, None)
-    known = measurements, front is not None, score, tuple(tie or ()), latency
+    known = measurements, front is not None, score, tuple(tie or ()), latency, params
     return Goal(target, macs, bops, among, *known)  # pyright: ignore - it checks
 
 

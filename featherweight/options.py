@@ -55,7 +55,7 @@ TargetLatency = Annotated[
     str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")
 ]
 AmongKinds = Annotated[
-    str, typer.Option("--among", help="what a target chooses from: quantize, prune, both, additive or all")
+    str, typer.Option("--among", help="what a target chooses from: quantize, prune, both, additive, factors or all")
 ]
 ScoreKind = Annotated[
     str, typer.Option("--score", help="what a target's scores are made of: outputs, labels (second order), or measured")

@@ -8,8 +8,10 @@ from torch.utils.data import TensorDataset
 
 import featherweight as fw
 from featherweight import allocate
+from featherweight.artifact import fill
 from featherweight.artifact.read import from_bytes
 from featherweight.candidates import forms, live, numbers, weight_bits
+from featherweight.counting import counted
 from featherweight.data import batches
 from featherweight.demo import digits
 from featherweight.errors import InfeasibleError, UsageError
@@ -21,6 +23,7 @@ from featherweight.scores import CORRECTING, Scores
 from featherweight.search import TEMPERATURE
 from featherweight.stats import LayerStats, capture
 from featherweight.target import Goal, share_of
+from featherweight.weights import Factors
 from tests.nets import images, tiny, words
 
 
@@ -565,3 +568,26 @@ def test_parameters_below_what_is_no_weight_are_refused():
         fw.plan(chain(), images(64), target=goal(None, params=str(biases)))
     with pytest.raises(UsageError, match="grids and books leave all weights"):
         goal(params="0.5x", among="quantize")
+
+
+# ---------------------------------------------------------------- factors
+@pytest.mark.parametrize(
+    ("target", "budget"), [({"macs": "0.5x"}, "macs"), ({"params": "0.4x"}, "params"), ({"target": "6x"}, "bytes")]
+)
+def test_factors_meet_a_budget_and_are_counted_as_they_run(target, budget):
+    """Nearly of low rank, so that factors are worth it."""
+    model, data = chain(), images(64)
+    with torch.no_grad():
+        for layer in (model[2], model[4]):
+            left, _, right = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+            layer.weight.copy_((left[:, :4] @ right[:4]).reshape(layer.weight.shape) + 0.01 * layer.weight)
+    small = fw.compress(model, data, target=goal(**{"target": None, "among": "factors"} | target))
+    found = small.report.allocation
+    stored = {u.names[0]: u.weight for u in small.artifact.units}
+    assert any(isinstance(w, Factors) for w in stored.values())
+    used = {"bytes": small.report.file_bytes, "macs": found.macs, "params": found.params}
+    assert used[budget] <= found.limits[budget]
+    run = fw.chained(chain(), small.artifact, only_if="fewer")
+    assert sum(counted(run, batches(images(1))[0]).values()) == found.macs
+    x = images(8).tensors[0]
+    assert torch.allclose(run(x), fill(chain(), small.artifact)(x), atol=1e-4)

@@ -79,7 +79,7 @@ def chains_of(
     """
     require(only_if in ("faster", "fewer", "always"), "only_if must be 'faster', 'fewer' or 'always'", only_if)
     known = {name: u for u in scan(model).units for name in u.names} if artifact.units else {}
-    batch = None if example is None else batches(example)[0]
+    batch = example if example is None or isinstance(example, Batch) else batches(example)[0]
     modules = dict(model.named_modules())
     places_of: dict[str, tuple[Place, ...]] = {}
     net = model

@@ -35,8 +35,13 @@ def chained(
     """Like `load_chained`, of a file's contents, such as `Compressed.artifact`. rows: what `chains_of` said of this
     network, if it was asked before."""
     fill(model, artifact)
-    if rows is None:
-        rows = chains_of(model, artifact, example=example, only_if=only_if)
+    return as_chains(
+        model, artifact, chains_of(model, artifact, example=example, only_if=only_if) if rows is None else rows
+    )
+
+
+def as_chains(model: M, artifact: Artifact, rows: Sequence[ChainRow]) -> M:
+    """The network, whose weights are decoded already, with those replaced that these rows say run as chains."""
     for place, units in by_place(artifact, rows).items():
         parent, _, own = place.rpartition(".")
         setattr(model.get_submodule(parent), own, replacement(model, place, units))
