@@ -38,6 +38,7 @@ from featherweight.methods import (
 )
 from featherweight.methods.additive import NARROW, WIDTH
 from featherweight.methods.books import vectors_of
+from featherweight.methods.factoring import SWEEPS
 from featherweight.stages import Chain, chain_of
 from featherweight.stats import LayerStats
 from featherweight.target import Among, Goal
@@ -52,7 +53,7 @@ CHANNEL_BITS = (3, 4, 5, 8)
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
 RATES = (1.5, 2.0, 3.0)  # bits a weight of additive quantization
 KEEP = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)  # shares of the numbers that factors have
-FACTOR_BITS = (4, 6, 8)  # of their grids, where bytes or BOPs are limited
+FACTOR_BITS = (4, 8)  # of their grids, where bytes or BOPs are limited
 FLOAT = 32  # bits that a multiplication counts where a factor is not on a grid
 
 
@@ -168,7 +169,7 @@ def _factored(unit: Unit, goal: Goal, with_data: bool) -> list[Method]:
     """Products of factors, of the form with the least error, where the layer can have one."""
     grids = [None, *(GridSpec(b, b == 8) for b in _factor_bits(goal))]
     kernel = tuple(unit.view.shape[2:]) if unit.taps > 1 else ()
-    every = [Factorize("best", keep, whiten=with_data, grid=grid) for keep in KEEP for grid in grids]
+    every = [Factorize("best", keep, whiten=with_data, grid=grid, sweeps=1) for keep in KEEP for grid in grids]
     own = [m.for_layer(unit.view.matrix_shape, kernel, unit.groups) for m in every]
     return [m for m in own if isinstance(m, Factorize)]
 
@@ -185,6 +186,8 @@ def refined(method: Method) -> Method:
             return replace(method, width=WIDTH, books=None)
         case Gptq():
             return Obq(method.grid)
+        case Factorize():
+            return replace(method, sweeps=SWEEPS)
         case PruneQuantize(quantize=Gptq() as quantize):
             return replace(method, quantize=Obq(quantize.grid))
     return method

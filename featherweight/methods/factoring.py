@@ -67,8 +67,9 @@ class Factorize:
     """form: one of `forms.FORMS`, "lowrank" (the better of rows and cols) or "best" (of rows, cols, spatial, tucker).
     keep: share of the dense numbers that the factors have at most (ranks are 1 at least), 1 for full ranks. ranks: in
     its place, as in `forms.form_of`, or "vbmf" for those that stand out from noise. kernel: sides of the layer's
-    kernel; empty takes all taps as one side. whiten: whether the layer's inputs count, where there are any. grid: of
-    the factors, None for fp16. damp: relative damping of the inputs' moments.
+    kernel; empty takes all taps as one side. sweeps: of alternating least squares, at most. whiten: whether the
+    layer's inputs count, where there are any. grid: of the factors, None for fp16. damp: relative damping of the
+    inputs' moments.
 
     What has groups, cannot have the form, or would have no fewer numbers than before is stored as it is, with a remark.
     """
@@ -81,6 +82,7 @@ class Factorize:
     grid: GridSpec | None = None
     ranks: tuple[int, ...] | str | None = None
     damp: float = 0.001
+    sweeps: int = SWEEPS
 
     def __post_init__(self) -> None:
         known = (*FORMS, *CHOICES)
@@ -136,7 +138,7 @@ class Factorize:
         judge = seen if self.whiten else LayerStats.white(shape[1], taps=taps)
         scale = float(exact.abs().amax()) or 1.0
         problems = [Problem(form, exact / scale, *metric) for form in tried]
-        found = [(p, tensors) for p in problems for tensors in factors(p)]
+        found = [(p, tensors) for p in problems for tensors in factors(p, self.sweeps)]
         problem, tensors = min(found, key=lambda x: output_energy(x[0].w - x[0].matrix(x[1]), judge))
         if self.grid is None:
             parts = fp16(problem.form, tensors, scale)
@@ -160,7 +162,7 @@ class Factorize:
     def work(self, shape: tuple[int, int], blocks: int) -> float:
         rows, cols = shape
         tries = len(CHOICES.get(self.form, (self.form,)))
-        refining = 3 * SWEEPS * INNER * cols if self.whiten else 0
+        refining = 3 * self.sweeps * INNER * cols if self.whiten else 0
         return tries * rows * cols * (10 * min(rows, cols) + refining) + (SEARCH * rows * cols if self.grid else 0)
 
     def _kernel(self, taps: int) -> tuple[int, ...]:
@@ -181,7 +183,7 @@ class Factorize:
         return [form_at(n, shape, kernel, self.keep or 1.0) for n in names]
 
 
-def factors(problem: Problem) -> list[list[Tensor]]:
+def factors(problem: Problem, sweeps: int = SWEEPS) -> list[list[Tensor]]:
     """Factors found without data and, where the metric is not that of all alike, for it; not yet balanced."""
     form, w, hessian = problem.form, problem.w, problem.hessian
     plain = decomposed(form, w)
@@ -194,11 +196,11 @@ def factors(problem: Problem) -> list[list[Tensor]]:
         starts.append(_seen_through_channels(form, w, hessian))
     start = min(starts, key=problem.loss)
     if form.name == "cp" and len(form.terms) > 2:
-        return [plain, _penalised(problem, start)]
-    return [plain, refined(problem, start, SWEEPS, SETTLED)[0]]
+        return [plain, _penalised(problem, start, sweeps)]
+    return [plain, refined(problem, start, sweeps, SETTLED)[0]]
 
 
-def _penalised(problem: Problem, start: list[Tensor]) -> list[Tensor]:
+def _penalised(problem: Problem, start: list[Tensor], sweeps: int) -> list[Tensor]:
     """CP refined under the smallest penalty under which its terms do not cancel; where they always do, the start."""
     zeros = [torch.zeros_like(t) for t in start]
     scale = problem.loss(zeros) ** 0.5
@@ -208,7 +210,7 @@ def _penalised(problem: Problem, start: list[Tensor]) -> list[Tensor]:
     for penalty in PENALTIES:
         scaled = replace(problem, w=problem.w / scale, penalty=penalty)
         even = balanced(problem.form, _scaled(start, 1 / scale))
-        found, _ = refined(scaled, even, SWEEPS, SETTLED)
+        found, _ = refined(scaled, even, sweeps, SETTLED)
         if cancelling(found) <= most:
             return _scaled(found, scale)
     return start
