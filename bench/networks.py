@@ -83,10 +83,12 @@ NETWORKS = {  # network: (calibration data, test data, settings)
 }
 
 
-def measure(zoo: Path, network: str, calibration: str, test: str, settings: str, file: Path) -> dict[str, Any]:
-    """One line of the table: the command's own JSON, and its wall time including start-up."""
+def measure(zoo: Path, network: str, calibration: str | None, test: str, settings: str, file: Path) -> dict[str, Any]:
+    """One line of the table: the command's own JSON, and its wall time including start-up. calibration: None
+    for a run without data."""
     command = [sys.executable, "-m", "featherweight", "compress", f"{zoo}:{network}", "-o", str(file), "--json"]
-    command += ["--data", f"{zoo}:{calibration}", "--test", f"{zoo}:{test}", *settings.split()]
+    command += [] if calibration is None else ["--data", f"{zoo}:{calibration}"]
+    command += ["--test", f"{zoo}:{test}", *settings.split()]
     command += ["--batch-size", "32"] if network == "efficientnet_lite0" else []
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,21 +97,25 @@ def measure(zoo: Path, network: str, calibration: str, test: str, settings: str,
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     found = json.loads(done.stdout)
     counted = found.get("allocation") or {}
-    return {
-        "network": network,
-        "settings": settings,
-        "fp32_bytes": found["baselines"]["fp32"],
-        "half_bytes": found["baselines"]["half"],
-        "int8_bytes": found["baselines"]["int8"],
-        "file_bytes": found["file_bytes"],
-        "before": round(found["before"]["top1"], 2),
-        "after": round(found["after"]["top1"], 2),
-        "in_order": found["in_order"],
-        "repair": found["repair"],
-        "stages_s": found["seconds"],
-        "compress_s": round(sum(found["seconds"].values()), 1),
-        "wall_s": round(wall, 1),
-    } | {name: counted[name] for name in ("macs", "dense_macs", "latency", "dense_latency") if counted.get(name)}
+    return (
+        {
+            "network": network,
+            "settings": settings,
+            "fp32_bytes": found["baselines"]["fp32"],
+            "half_bytes": found["baselines"]["half"],
+            "int8_bytes": found["baselines"]["int8"],
+            "file_bytes": found["file_bytes"],
+            "before": round(found["before"]["top1"], 2),
+            "after": round(found["after"]["top1"], 2),
+            "in_order": found["in_order"],
+            "repair": found["repair"],
+            "stages_s": found["seconds"],
+            "compress_s": round(sum(found["seconds"].values()), 1),
+            "wall_s": round(wall, 1),
+        }
+        | {name: counted[name] for name in ("macs", "dense_macs", "latency", "dense_latency") if counted.get(name)}
+        | ({"assumed": found["assumed"]} if found["assumed"] else {})
+    )
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -27,10 +27,12 @@ from featherweight.methods import (
 )
 from featherweight.onuse import load_packed
 from featherweight.pipeline import Compressed, compress, plan
+from featherweight.pull import AdmmTraining, Pull, admm
 from featherweight.recipe import Override, Recipe, read_recipe
 from featherweight.report import Report
 from featherweight.slim import slim
 from featherweight.stats import capture
+from featherweight.synthesis import Synthetic, synthesize
 from featherweight.target import Goal, target_bytes
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "ActivationGrid",
     "Additive",
     "Admm",
+    "AdmmTraining",
     "Blocks",
     "Channels",
     "Compressed",
@@ -56,14 +59,17 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Override",
     "Prune",
     "PruneQuantize",
+    "Pull",
     "Recipe",
     "Report",
     "Rows",
     "Rtn",
     "SolveError",
+    "Synthetic",
     "Unstructured",
     "UsageError",
     "Vectors",
+    "admm",
     "capture",
     "chained",
     "chains_of",
@@ -78,5 +84,6 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "scan",
     "simulate",
     "slim",
+    "synthesize",
     "target_bytes",
 ]

@@ -22,18 +22,20 @@ from featherweight.database import Database
 from featherweight.errors import FeatherweightError, UsageError
 from featherweight.finetune import Finetune, finetune
 from featherweight.finetune.ranks import choose_device, joined
-from featherweight.picture import check_front, save_front
+from featherweight.picture import check_front, check_residuals, save_front, save_residuals
 from featherweight.pipeline import Plan, compress, plan, settle
 from featherweight.proof import check_output, meter, save_proved
 from featherweight.recipe import Recipe, method_of, read_recipe
 from featherweight.report import (
     allocation_lines,
+    assumed_lines,
     float_inputs_lines,
     left_alone_table,
     rows_of,
     summary,
     weights_table,
 )
+from featherweight.synthesis import shape_of
 from featherweight.target import Goal
 from featherweight.userland import call, make_model
 
@@ -53,6 +55,7 @@ def compress_command(
     model: opt.ModelSpec,
     output: Annotated[Path, typer.Option("-o", "--output", help="the file to write")] = Path("small.fw"),
     data: opt.DataSpec = None,
+    input_shape: opt.InputShape = None,
     weights: opt.Weights = None,
     method: opt.Method = None,
     bits: opt.Bits = None,
@@ -64,6 +67,8 @@ def compress_command(
     vector: opt.Vector = None,
     books: opt.Books = None,
     quantizer: opt.Quantizer = None,
+    keep: opt.Keep = None,
+    ranks: opt.Ranks = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
@@ -85,52 +90,51 @@ def compress_command(
     metric: opt.MetricSpec = None,
     batch_size: opt.BatchSize = 128,
     database: opt.DatabaseFolder = None,
-    finetune_epochs: Annotated[
-        int, typer.Option("--finetune", min=0, help="epochs of training scales, norms and biases, see `finetune`")
-    ] = 0,
-    train: Annotated[str | None, typer.Option(help="data to finetune on (default: the calibration data)")] = None,
+    admm_epochs: opt.AdmmEpochs = 0,
+    rho: opt.Rho = None,
+    residuals: opt.Residuals = None,
+    checkpoint: opt.AdmmCheckpoint = None,
+    finetune_epochs: opt.FinetuneEpochs = 0,
+    train: opt.TrainSpec = None,
     precision: opt.PrecisionKind = None,
     as_json: opt.Json = False,
 ) -> None:
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
     opt.check_metric(metric, test)
+    opt.check_training(admm_epochs, finetune_epochs, rho, residuals, checkpoint, output)
     check_output(output, weights)
     if database is not None:
         Database.at(database)
-    settings = _settings(
-        method=method,
-        bits=bits,
-        sparsity=sparsity,
-        pattern=pattern,
-        group=group,
-        symmetric=symmetric,
-        share=share,
-        vector=vector,
-        books=books,
-        quantizer=quantizer,
-    )
+    settings = opt.settings_of(locals())
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, measurements, front)
     if front is not None:
         check_front(front, output)
+    if residuals is not None:
+        check_residuals(residuals, output)
     chosen = _recipe(settings, goal, recipe, include, exclude, no_repair, activations, sequential)
+    shape = None if input_shape is None else shape_of(input_shape)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
     # whatever the user's code prints is not our output
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
         settle(network, chosen, goal, data is not None)
         calibration = call(data) if data else None
+        asked = admm_epochs, finetune_epochs, rho, checkpoint, train, precision, calibration, batch_size
+        admm, tuning = opt.trainings(*asked)
         measure = meter(test, metric, batch_size)
         before = measure(network)
         small = compress(
             network,
             calibration,
+            input_shape=shape,
             recipe=chosen,
             target=goal,
             evaluate=measure if front is not None and test else None,
             batch_size=batch_size,
             about=about,
             database=database,
-            finetune=_finetune(finetune_epochs, train, precision, calibration, batch_size),
+            admm=admm,
+            finetune=tuning,
             progress=progress,
         )
         progress("read back", 0, 1)
@@ -139,6 +143,8 @@ def compress_command(
     report = replace(small.report, file_bytes=proof["bytes"], before=before, after=proof["metrics"])
     if front is not None:
         save_front(report, front)
+    if residuals is not None and report.pulled is not None:
+        save_residuals(report.pulled, residuals)
     if as_json:
         print_json(proof["metrics"] | report.to_dict() | {"file": str(output), "digest": proof["digest"]})
         return
@@ -147,6 +153,8 @@ def compress_command(
     out.print(summary(report, str(output)))
     if front is not None:
         out.print(f"other sizes: {front} and {front.with_suffix('.png')}", style="dim")
+    if residuals is not None:
+        out.print(f"residuals of every weight: {residuals}", style="dim")
     out.print(f"read back in a fresh process: every decoded bit is the same ({proof['digest'][:12]})", style="green")
 
 
@@ -154,6 +162,7 @@ def compress_command(
 def plan_command(
     model: opt.ModelSpec,
     data: opt.DataSpec = None,
+    input_shape: opt.InputShape = None,
     weights: opt.Weights = None,
     method: opt.Method = None,
     bits: opt.Bits = None,
@@ -165,6 +174,8 @@ def plan_command(
     vector: opt.Vector = None,
     books: opt.Books = None,
     quantizer: opt.Quantizer = None,
+    keep: opt.Keep = None,
+    ranks: opt.Ranks = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
@@ -181,26 +192,17 @@ def plan_command(
     as_json: opt.Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
-    settings = _settings(
-        method=method,
-        bits=bits,
-        sparsity=sparsity,
-        pattern=pattern,
-        group=group,
-        symmetric=symmetric,
-        share=share,
-        vector=vector,
-        books=books,
-        quantizer=quantizer,
-    )
+    settings = opt.settings_of(locals())
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)
     chosen = _recipe(settings, goal, recipe, include, exclude, False, activations, None)
+    shape = None if input_shape is None else shape_of(input_shape)
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
         calibration = call(data) if data else None
         found = plan(
             network,
             calibration,
+            input_shape=shape,
             recipe=chosen,
             target=goal,
             batch_size=batch_size,
@@ -211,13 +213,14 @@ def plan_command(
         print_json(asdict(found))
         return
     out.print(_plan_table(found), "")
+    out.print(*(f"{row.name}: {row.note}" for row in found.rows if row.note), sep="\n", markup=False)
     out.print(left_alone_table(found.left_alone), *float_inputs_lines(found.float_inputs), "", sep="\n")
     ratio = found.baselines.fp32 / found.file_bytes
     out.print(f"predicted file {found.file_bytes:,} bytes, {ratio:.1f}x smaller than fp32 ({found.baselines.fp32:,})")
     reading = f"{found.capture_seconds:.0f} s of it to read the calibration data"
     searching = f", {found.search_seconds:.0f} s to choose" if found.allocation is not None else ""
     out.print(f"predicted time {found.seconds:.0f} s, {reading}{searching}")
-    out.print(*allocation_lines(found.allocation, found.file_bytes), sep="\n")
+    out.print(*assumed_lines(found.assumed), *allocation_lines(found.allocation, found.file_bytes), sep="\n")
 
 
 @app.command("finetune")
@@ -350,28 +353,6 @@ def _goal(
         check_output(front, None)
     known = measurements, front is not None, score, tuple(tie or ()), latency
     return Goal(target, macs, bops, among, *known)  # pyright: ignore - it checks
-
-
-def _finetune(
-    epochs: int, train: str | None, precision: str | None, calibration: Any, batch_size: int
-) -> Finetune | None:
-    """None where no epoch is asked for."""
-    if epochs == 0:
-        if train is not None or precision is not None:
-            raise UsageError("--train and --precision are for finetuning: give --finetune EPOCHS, for example 5")
-        return None
-    data = calibration if train is None else call(train)
-    if data is None:
-        raise UsageError("--finetune needs data: --train file.py:function, or --data")
-    return Finetune(data, epochs, batch_size=batch_size, precision=precision or "fp32")  # pyright: ignore - it checks
-
-
-def _settings(**given: Any) -> dict[str, Any]:
-    """Those of `method_of` that were given; a whole number of bits as one."""
-    found = {k: v for k, v in given.items() if v is not None}
-    if "bits" in found and float(found["bits"]).is_integer():
-        found["bits"] = int(found["bits"])
-    return found
 
 
 def _recipe(

@@ -1,12 +1,12 @@
-"""Accuracy of a classifier."""
+"""Accuracy of a classifier, and metrics of the user's own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.data import Batch, device_of
-from featherweight.errors import UsageError
+from featherweight.errors import FeatherweightError, UsageError
 from featherweight.repair.distance import outputs
 
 
@@ -33,3 +33,22 @@ def accuracy(model: nn.Module, data: Sequence[Batch]) -> dict[str, float]:
         total += len(target)
     top1, top5 = (100 * hits / total).tolist()
     return {"top1": top1, "top5": top5} if classes > 5 else {"top1": top1}
+
+
+def measured(evaluate: Callable[[nn.Module], float | dict[str, float]] | None, model: nn.Module) -> dict[str, float]:
+    """What a metric says, by name; nothing without one.
+
+    Raises:
+        UsageError: it failed, whatever it raised.
+    """
+    if evaluate is None:
+        return {}
+    try:
+        with torch.no_grad():
+            value = evaluate(model)
+    except FeatherweightError:
+        raise
+    except Exception as error:  # the user's metric may raise anything
+        raise UsageError(f"the metric failed: {type(error).__name__}: {error}") from error
+    named = value if isinstance(value, dict) else {"metric": value}
+    return {str(name): float(number) for name, number in named.items()}

@@ -1,16 +1,28 @@
 """The options that commands share: names, types and what `--help` says of them."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from featherweight.errors import UsageError
+from featherweight.finetune import Finetune
+from featherweight.pull import AdmmTraining
+from featherweight.pull.settings import RHO
+from featherweight.recipe import SETTINGS
+from featherweight.userland import call
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", help="of one input, where there are no data to tell: 3,32,32")
+]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
-Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, additive, magnitude, obs or admm, for all weights")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="of all weights: rtn, gptq, obq; additive; magnitude, obs, admm; or factors (see --keep)"),
+]
 Bits = Annotated[float | None, typer.Option(help="1 to 8; of additive codes bits a weight, such as 2 or 2.33")]
 Share = Annotated[str | None, typer.Option(help="who shares books of additive codes: network, stage or layer")]
 Vector = Annotated[
@@ -18,6 +30,13 @@ Vector = Annotated[
 ]
 Books = Annotated[int | None, typer.Option(help="words that are added up for a vector (default: 1)", min=1)]
 Quantizer = Annotated[str | None, typer.Option(help="of what a pruner leaves: gptq, obq or additive")]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="numbers that factors keep, 0 to 1; methods lowrank, spatial, tucker, tt, tr, cp, factors (best)"
+    ),
+]
+Ranks = Annotated[str | None, typer.Option(help="of factors, without --keep: vbmf, those that stand out from noise")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
 Pattern = Annotated[str | None, typer.Option(help="what is removed together: 2:4 (any N:M), blocks:4, rows, channels")]
 Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]
@@ -28,6 +47,9 @@ Symmetric = Annotated[
 Activations = Annotated[int | None, typer.Option(help="round the inputs of compressed weights, too: 2 to 8 bits")]
 Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
 TargetMacs = Annotated[str | None, typer.Option(help="multiplications of a sample: 0.5x of the dense ones, 50% or 20M")]
+TargetParams = Annotated[
+    str | None, typer.Option(help="numbers that are stored: 0.5x of the dense network's, 50% or 100k")
+]
 TargetBops = Annotated[str | None, typer.Option(help="the same, each times the bits of both factors (32 for floats)")]
 TargetLatency = Annotated[
     str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")
@@ -54,15 +76,74 @@ BatchSize = Annotated[int, typer.Option(min=1, help="samples a batch, where the 
 MetricSpec = Annotated[str | None, typer.Option("--metric", help="callable metric(model, data): a number or a dict")]
 TestSpec = Annotated[str | None, typer.Option("--test", help="test data: accuracy is printed before and after")]
 PrecisionKind = Annotated[
-    str | None, typer.Option("--precision", help="what finetuning computes in: fp32 or bf16 (default: fp32)")
+    str | None, typer.Option("--precision", help="what training computes in: fp32 or bf16 (default: fp32)")
 ]
+AdmmEpochs = Annotated[
+    int,
+    typer.Option("--admm", min=0, help="epochs of training the dense network until its weights nearly have their form"),
+]
+Rho = Annotated[float | None, typer.Option("--rho", help=f"how hard --admm pulls the weights (default: {RHO:g})")]
+Residuals = Annotated[
+    Path | None, typer.Option("--residuals", help="picture of how far the weights were from their form, by epoch")
+]
+AdmmCheckpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", help="file that keeps the state of --admm, so that a killed run goes on")
+]
+FinetuneEpochs = Annotated[
+    int, typer.Option("--finetune", min=0, help="epochs of training scales, norms and biases, see `finetune`")
+]
+TrainSpec = Annotated[str | None, typer.Option("--train", help="data to train on (default: the calibration data)")]
 DatabaseFolder = Annotated[
     Path | None, typer.Option("--database", help="folder that keeps solved weights, so that no run solves one twice")
 ]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
 
 
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that `recipe.method_of` takes and that were given; a whole number of bits as one."""
+    found = {k: options[k] for k in SETTINGS if options.get(k) is not None}
+    if "bits" in found and float(found["bits"]).is_integer():
+        found["bits"] = int(found["bits"])
+    return found
+
+
 def check_metric(metric: str | None, test: str | None) -> None:
     """Refuse a metric without the data that it measures on."""
     if metric and not test:
         raise UsageError("--metric needs the data to measure on: --test file.py:function")
+
+
+def check_training(
+    admm: int, finetune: int, rho: float | None, residuals: Path | None, checkpoint: Path | None, output: Path
+) -> None:
+    """Refuse options of a training that nobody asked for."""
+    given = {"--rho": rho, "--residuals": residuals, "--checkpoint": checkpoint}
+    own = [name for name, value in given.items() if value is not None]
+    if own and admm == 0:
+        raise UsageError(f"{own[0]} is for training by ADMM: give --admm EPOCHS, for example 20")
+    if checkpoint is not None and checkpoint.resolve() == output.resolve():
+        raise UsageError(f"{output} cannot be the output and the checkpoint")
+
+
+def trainings(
+    admm: int,
+    finetune: int,
+    rho: float | None,
+    checkpoint: Path | None,
+    train: str | None,
+    precision: str | None,
+    calibration: Any,
+    batch_size: int,
+) -> tuple[AdmmTraining | None, Finetune | None]:
+    """What is trained before and after, None where no epoch is asked for."""
+    if admm == finetune == 0:
+        if train is not None or precision is not None:
+            what = "--train and --precision are for training: give --finetune EPOCHS, for example 5"
+            raise UsageError(f"{what}, or --admm EPOCHS")
+        return None, None
+    data = calibration if train is None else call(train)
+    if data is None:
+        raise UsageError(f"{'--admm' if admm else '--finetune'} needs data: --train file.py:function, or --data")
+    common: dict[str, Any] = {"batch_size": batch_size, "precision": precision or "fp32"}
+    before = AdmmTraining(data, admm, RHO if rho is None else rho, checkpoint=checkpoint, **common) if admm else None
+    return before, Finetune(data, finetune, **common) if finetune else None

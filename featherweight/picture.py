@@ -1,12 +1,15 @@
-"""Pictures for people: accuracy against bytes."""
+"""Pictures for people: accuracy against bytes, and how weights came to have a form."""
 
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from featherweight.errors import UsageError
+from featherweight.pull import Pulled
 from featherweight.report import Report, finite
 
 
@@ -73,3 +76,43 @@ def save_front(report: Report, path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def check_residuals(path: Path, output: Path) -> None:
+    """Refuse a place that a picture of residuals cannot be written to, before any work.
+
+    Raises:
+        UsageError: the name is no picture's, its folder does not exist, or matplotlib is not installed.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf") or path.resolve() == output.resolve():
+        raise UsageError(f"--residuals names a picture, such as residuals.png; {path} cannot be it")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--residuals draws a picture, which needs matplotlib: pip install matplotlib")
+
+
+def save_residuals(pulled: Pulled, path: Path) -> None:
+    """Draw the residuals of a training by ADMM: a line a weight, from the first layer (dark) to the last (light)."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+
+    def draw(axes: Any, lines: Mapping[str, Sequence[float]], title: str) -> None:
+        shades = colormaps["viridis"]
+        for i, (name, values) in enumerate(lines.items()):
+            few = name if len(lines) <= 8 else None
+            axes.plot(values, color=shades(0.9 * i / max(len(lines) - 1, 1)), linewidth=0.9, alpha=0.8, label=few)
+        middle = [median(at) for at in zip(*lines.values(), strict=True)]
+        axes.plot(middle, color="black", linewidth=2.2, label="median")
+        axes.set_yscale("log")
+        axes.set_xlabel("epochs")
+        axes.set_title(title)
+        axes.grid(alpha=0.3, which="both")
+
+    draw(left, pulled.primal, "primal: distance to the form, of the weight")
+    draw(right, pulled.dual, "dual: what the nearest point moved by")
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -4,13 +4,12 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, FloatInput, calibrate, plain_copy, simulate, stays_float
@@ -20,22 +19,26 @@ from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.write import to_bytes
 from featherweight.candidates import tried
-from featherweight.data import Batch, batches, check, split
+from featherweight.data import Batch, split
 from featherweight.database import Database
-from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
+from featherweight.errors import InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
+from featherweight.inputs import look_at, tensors_of
 from featherweight.layers import LeftAlone, Scan, scan
-from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
-from featherweight.methods.additive import additive_of
+from featherweight.methods import GridSpec, Method, Obq, Plain, Solution
 from featherweight.methods.base import usable
+from featherweight.metrics import measured
 from featherweight.moments import basis_of, captured
 from featherweight.packing import packed, predicted_bytes
-from featherweight.recipe import Recipe, assign, input_bits, overridden, settled
+from featherweight.pull import AdmmTraining, Pulled
+from featherweight.pull import admm as train_in
+from featherweight.recipe import Recipe, assign, input_bits, overridden, settled, without_data
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
 from featherweight.sharing import fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats
+from featherweight.synthesis import Assumed, assume, samples_of
 from featherweight.target import Baselines, Goal, baselines, target_bytes
 from featherweight.weights import Weight, united
 
@@ -52,7 +55,8 @@ def _quiet(stage: str, done: int, total: int) -> None:
 class PlanRow:
     """What would be done with one weight. bytes: its payload, exact unless its scales need fp32 or
     its pattern has short blocks. seconds: a guess. input_bits: what its inputs would be rounded to, None for float.
-    rise: what a target's score predicts that it adds to the distance to the dense outputs, None without a target."""
+    rise: what a target's score predicts that it adds to the distance to the dense outputs, None without a target.
+    note: why it is not done as asked."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,6 +67,7 @@ class PlanRow:
     seconds: float
     input_bits: int | None = None
     rise: float | None = None
+    note: str = ""
 
 
 @final
@@ -70,7 +75,7 @@ class PlanRow:
 class Plan:
     """A dry run. file_bytes and seconds are predictions; capture_seconds is 0 where no data were given. float_inputs:
     where inputs would be rounded, those that would not, told from the kind of layer alone. search_seconds, allocation:
-    of a target."""
+    of a target. assumed: as in `Report`."""
 
     rows: tuple[PlanRow, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -81,6 +86,7 @@ class Plan:
     float_inputs: tuple[FloatInput, ...] = ()
     search_seconds: float = 0.0
     allocation: Allocation | None = None
+    assumed: Assumed | None = None
 
 
 @final
@@ -100,6 +106,7 @@ def compress(
     model: nn.Module,
     data: Any = None,
     *,
+    input_shape: Sequence[int] | None = None,
     method: Method | None = None,
     recipe: Recipe | None = None,
     target: str | int | Goal | None = None,
@@ -107,6 +114,7 @@ def compress(
     batch_size: int = 128,
     about: dict[str, Any] | None = None,
     database: str | Path | None = None,
+    admm: AdmmTraining | None = None,
     finetune: Finetune | None = None,
     progress: Progress = _quiet,
 ) -> Compressed:
@@ -114,7 +122,9 @@ def compress(
 
     Args:
         data: calibration inputs (see `featherweight.data.batches`); about 1,000 samples work well. Labels are not used,
-            unless a goal's score asks for them. None is possible for methods that need no data.
+            unless a goal's score asks for them. None: what looks at inputs gets made-up ones where the network has
+            BatchNorm, and elsewhere the weights alone decide; the report says what was assumed.
+        input_shape: of one input, without data, such as (3, 32, 32); found by trying where it is not given.
         method: for every weight; OBQ at 4 bits where nothing is said.
         recipe: methods by pattern, what to leave out, and whether to correct statistics.
         target: size of the file (`"100kB"`, `"10x"`, `"12%"`), or a `Goal`: every weight gets the method and the ratio
@@ -123,7 +133,9 @@ def compress(
         evaluate: measures the dense network and the network read back; a number, or several by name.
         about: extra JSON for people, kept in the file.
         database: a folder where solved layers are kept and found again (docs/database.md); nothing is kept without.
-        finetune: train scales, norms, biases and the like at the end; codes and masks stay.
+        admm: train the dense network until its weights nearly have the forms that they will be given; what follows is
+            done with the network that comes of it.
+        finetune: train scales, norms, biases and the like at the end, towards the network given; codes and masks stay.
 
     Raises:
         UsageError: something does not fit together; nothing expensive was done yet.
@@ -134,38 +146,42 @@ def compress(
     store = None if database is None else Database.at(database)
     net, goal = plain_copy(model), goal_of(target)
     recipe = recipe or Recipe(method or Obq(GridSpec(4)))
-    found, methods = settle(net, recipe, goal, data is not None)
+    assumed = assume(net, data, recipe, goal is not None, input_shape)
+    found, methods = settle(net, recipe, goal, assumed is None or assumed.kind == "synthetic")
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
     if finetune is not None and wanted:
         raise UsageError("finetuning through rounded inputs does not work yet; leave out one of the two")
-    original = _tensors(net)
-    samples = _samples(net, data, methods, batch_size, wanted)
-    if finetune is not None:
-        finetune = replace(finetune, data=samples) if finetune.data is data else finetune
-        finetune = rehearse(net, finetune)
-        net.load_state_dict(original, strict=False)
-    before = _metrics(evaluate, copy.deepcopy(net))
-    about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
+    original = tensors_of(net)
     seconds: dict[str, float] = {}
-    trained = None
+    with _timed(seconds, "synthesize") if assumed else nullcontext():
+        samples, assumed = samples_of(net, data, batch_size, assumed, progress)
+    if admm is not None:
+        given, admm = admm.data, rehearse(net, replace(admm, data=samples) if admm.data is data else admm)
+        finetune = finetune and (replace(finetune, data=admm.data) if finetune.data is given else finetune)
+    if finetune is not None:
+        finetune = rehearse(net, replace(finetune, data=samples) if finetune.data is data else finetune)
+    net.load_state_dict(original, strict=False)
+    before, dense = measured(evaluate, copy.deepcopy(net)), net
+    about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
+    trained, stage, pulled = None, None, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        if goal is None:
+            net, pulled = _trained_in(net, methods, admm, seconds, progress)
+        known = found, methods, recipe, goal, samples, wanted, store
         with _timed(seconds, "capture"):
-            seen = samples if goal is None else split(samples)[0] or samples  # the others judge policies
-            then = order(net, seen, found.units, methods) if goal is None and recipe.sequential else Order()
-            left = tuple(u for u in found.units if u not in then.units or additive_of(methods[u.name]))
-            basis = None if goal is None else basis_of(net, samples, store)
-            stats = captured(net, seen, left, Path(folder), progress, store, basis)
-            grids, float_inputs = calibrate(net, samples, found.units, wanted)
-            net.load_state_dict(original, strict=False)  # a network may count its calls in a buffer
-        stage = None
+            look = look_at(net, *known, Path(folder), progress)
         if goal is not None:
             with _timed(seconds, "allocate"):
-                meter = None if evaluate is None else _measured(evaluate)
-                setting = _setting(
-                    net, found, recipe, samples, stats, grids, base, about, Path(folder), store, basis, meter
-                )
-                stage = allocate(setting, goal, progress)
+                meter = None if evaluate is None else lambda network: measured(evaluate, network)
+                own = look.stats, look.grids, base, about, Path(folder), store, look.basis, meter
+                stage = allocate(_setting(net, found, recipe, samples, *own), goal, progress)
                 net.load_state_dict(original, strict=False)
+            chosen = {u.name: settled(stage.methods[u.name], u) for u in found.units}
+            net, pulled = _trained_in(net, chosen, admm, seconds, progress)
+            if admm is not None:
+                with _timed(seconds, "capture"):
+                    look = look_at(net, *known, Path(folder), progress)
+        original, stats, grids, then = tensors_of(net), look.stats, look.grids, look.then
         turns = 0
         while True:
             turns += 1
@@ -175,7 +191,7 @@ def compress(
             with _timed(seconds, "books"):
                 methods = {n: m[0] for n, m in fitted(net, found.units, stats, _each(methods), store, progress).items()}
             with _timed(seconds, "solve"):
-                work = Work(methods, store, progress, len(found.units))
+                work = Work(methods, store, progress, len(found.units), blind=not samples)
                 apart = {u.name: stats[u.name] for u in found.units if u not in then.units}
                 solutions = solved(work, net, found.units, apart, then, grids)
                 solutions = solutions if stage is None else stage.allocator.trimmed(solutions)
@@ -191,7 +207,7 @@ def compress(
             if finetune is not None:
                 with _timed(seconds, "finetune"):
                     weights = united({name: s.weight for name, s in solutions.items()})
-                    weights, trained = train(net, small, found.units, weights, finetune, progress)
+                    weights, trained = train(dense, small, found.units, weights, finetune, progress)
                     finetune = replace(finetune, checkpoint=None)  # it is of the first turn
                     for u in found.units:
                         w = u.view.matrix(net.get_parameter(u.name).detach().cpu())
@@ -204,7 +220,7 @@ def compress(
             if not (over := stage.over(size)):
                 break
             stage = _again(stage, over, turns)  # scales came out as fp32, or such
-    after = _metrics(evaluate, fill(small, from_bytes(data_read_back)))
+    after = measured(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(
         rows_of(artifact),
@@ -220,9 +236,11 @@ def compress(
         reused=None if store is None else work.reused,
         in_order=len(then.units),
         order_note=then.note,
-        float_inputs=float_inputs,
+        float_inputs=look.float_inputs,
+        pulled=pulled,
         allocation=None if stage is None else stage.outcome,
         finetuned=trained,
+        assumed=assumed,
     )
     return Compressed(artifact, report)
 
@@ -231,6 +249,7 @@ def plan(
     model: nn.Module,
     data: Any = None,
     *,
+    input_shape: Sequence[int] | None = None,
     recipe: Recipe | None = None,
     target: str | int | Goal | None = None,
     batch_size: int = 128,
@@ -244,10 +263,11 @@ def plan(
     """
     net, goal = plain_copy(model), goal_of(target)
     recipe = recipe or Recipe(Obq(GridSpec(4)))
-    found, methods = settle(net, recipe, goal, data is not None)
+    assumed = assume(net, data, recipe, goal is not None, input_shape)
+    found, methods = settle(net, recipe, goal, assumed is None or assumed.kind == "synthetic")
     base, wanted = baselines(net, found.units), input_bits(recipe, found)
     size = predicted_bytes(net, found, methods, wanted)
-    samples = _samples(net, data, methods, batch_size, wanted)
+    samples, assumed = samples_of(net, data, batch_size, assumed, progress, making=goal is not None)
     capturing, searching, allocation = 0.0, 0.0, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         seen = samples[:1] if goal is None else split(samples)[0] or samples
@@ -273,14 +293,27 @@ def plan(
         stored = method.storage(shape, unit.taps, unit.groups)
         bits = None if stays_float(unit, wanted) else wanted[unit.name]
         known = unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds, bits
-        rows.append(PlanRow(*known, rises.get(unit.name)))
+        rows.append(PlanRow(*known, rises.get(unit.name), method.why if isinstance(method, Plain) else ""))
     total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
-    return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
+    return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation, assumed)
 
 
 def _each(methods: Mapping[str, Method]) -> dict[str, list[Method]]:
     return {name: [method] for name, method in methods.items()}
+
+
+def _trained_in(
+    net: nn.Module,
+    methods: Mapping[str, Method],
+    how: AdmmTraining | None,
+    seconds: dict[str, float],
+    progress: Progress,
+) -> tuple[nn.Module, Pulled | None]:
+    if how is None:
+        return net, None
+    with _timed(seconds, "admm"):
+        return train_in(net, methods, how, progress)
 
 
 def _again(stage: Stage, over: dict[str, int], turns: int) -> Stage:
@@ -329,6 +362,7 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
     found = scan(net, recipe.include, recipe.exclude)
     if goal is None:
         methods = assign(recipe, found)
+        methods = methods if with_data else {name: without_data(m) for name, m in methods.items()}
         predicted_bytes(net, found, methods, input_bits(recipe, found))  # refuses what no file can hold
         return found, methods
     if not found.units:
@@ -350,21 +384,6 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
     return found, methods
 
 
-def _samples(
-    net: nn.Module, data: Any, methods: dict[str, Method], batch_size: int, wanted: dict[str, int]
-) -> list[Batch]:
-    if data is None:
-        if wanted:
-            raise UsageError("rounding activations needs calibration data, to find their ranges")
-        needing = sorted({m.label for m in methods.values() if not isinstance(m, Rtn | Magnitude)})
-        if needing:
-            raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn or magnitude")
-        return []
-    samples = batches(data, batch_size)
-    check(net, samples[0])
-    return samples
-
-
 def _repaired(
     net: nn.Module,
     found: Scan,
@@ -380,7 +399,7 @@ def _repaired(
     if not samples:
         return small, Repair("none", False, None, None, 0, 0, "switched off or no data")
     norms = {n for n, m in small.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    before = {n: t for n, t in _tensors(small).items() if n.rpartition(".")[0] not in norms}
+    before = {n: t for n, t in tensors_of(small).items() if n.rpartition(".")[0] not in norms}
     buffers = {n: before[n] for n, _ in small.named_buffers() if n in before}
     progress("repair", 0, 1)
     outcome = repair(net, small, samples, found.units)
@@ -389,34 +408,11 @@ def _repaired(
     return small, outcome
 
 
-def _tensors(net: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter and persistent buffer."""
-    return {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
-
-
 def _finetuned(solution: Solution, weight: Weight, w: Tensor, stats: LayerStats | None) -> Solution:
     """The same solution with a finetuned weight; its error is unknown where the moments of its inputs were not kept."""
     if stats is None:
         return replace(solution, weight=weight, error=math.nan, relative_error=math.nan)
-    return Solution.of(weight, w, usable(stats), solution.status, solution.info, solution.padded)
-
-
-def _measured(evaluate: Callable[[nn.Module], float | dict[str, float]]) -> Callable[[nn.Module], dict[str, float]]:
-    return lambda network: _metrics(evaluate, network)
-
-
-def _metrics(evaluate: Callable[[nn.Module], float | dict[str, float]] | None, model: nn.Module) -> dict[str, float]:
-    if evaluate is None:
-        return {}
-    try:
-        with torch.no_grad():
-            value = evaluate(model)
-    except FeatherweightError:
-        raise
-    except Exception as error:  # the user's metric may raise anything
-        raise UsageError(f"the metric failed: {type(error).__name__}: {error}") from error
-    named = value if isinstance(value, dict) else {"metric": value}
-    return {str(name): float(number) for name, number in named.items()}
+    return Solution.of(weight, w, usable(stats), solution.status, solution.info, solution.padded, solution.remark)
 
 
 @contextmanager

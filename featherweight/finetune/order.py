@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from featherweight.data import Batch, batches
 from featherweight.errors import UsageError
 from featherweight.finetune.ranks import Ranks
-from featherweight.finetune.settings import Finetune
+from featherweight.finetune.settings import Settings
+
+S = TypeVar("S", bound=Settings)
 
 
 @final
@@ -23,13 +25,14 @@ class Epoch:
     batches: Iterator[Batch]
 
 
-def kept(how: Finetune) -> Finetune:
+def kept(how: S) -> S:
     """With data that can be read only once in memory."""
-    once = isinstance(how.data, Iterator)
-    return replace(how, data=batches(how.data, how.batch_size)) if once else how
+    if not isinstance(how.data, Iterator):
+        return how
+    return replace(how, data=batches(how.data, how.batch_size))  # pyright: ignore - every one is a dataclass
 
 
-def epoch_of(how: Finetune, epoch: int, ranks: Ranks, start: int = 0) -> Epoch:
+def epoch_of(how: Settings, epoch: int, ranks: Ranks, start: int = 0) -> Epoch:
     """Of a Dataset every rank takes its samples of every batch, of anything else its batches. What cannot be shared out
     evenly at the end, fewer samples or batches than ranks, is left out.
 
@@ -39,7 +42,7 @@ def epoch_of(how: Finetune, epoch: int, ranks: Ranks, start: int = 0) -> Epoch:
     found = _shuffled(how, epoch, ranks, start) if _is_map(how.data) else _as_it_is(how, epoch, ranks, start)
     if found.count == 0:
         what = "the data hold no sample" if ranks.count == 1 else f"the data are too few for {ranks.count} processes"
-        raise UsageError(f"finetuning: {what}")
+        raise UsageError(f"{how.word}: {what}")
     return found
 
 
@@ -47,7 +50,7 @@ def _is_map(data: Any) -> bool:
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset)
 
 
-def _shuffled(how: Finetune, epoch: int, ranks: Ranks, start: int) -> Epoch:
+def _shuffled(how: Settings, epoch: int, ranks: Ranks, start: int) -> Epoch:
     size = len(how.data)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(_seed(how, epoch))).tolist()
     whole = how.batch_size * ranks.count
@@ -57,7 +60,7 @@ def _shuffled(how: Finetune, epoch: int, ranks: Ranks, start: int) -> Epoch:
     return Epoch(len(parts), (item for _, item in _read(how, epoch, loader, numbers)))
 
 
-def _as_it_is(how: Finetune, epoch: int, ranks: Ranks, start: int) -> Epoch:
+def _as_it_is(how: Settings, epoch: int, ranks: Ranks, start: int) -> Epoch:
     source: Any = how.data
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         source = batches(source, how.batch_size)
@@ -67,7 +70,7 @@ def _as_it_is(how: Finetune, epoch: int, ranks: Ranks, start: int) -> Epoch:
     return Epoch(count, own)
 
 
-def _read(how: Finetune, epoch: int, source: Iterable[Any], numbers: Iterable[int]) -> Iterator[tuple[int, Batch]]:
+def _read(how: Settings, epoch: int, source: Iterable[Any], numbers: Iterable[int]) -> Iterator[tuple[int, Batch]]:
     """Numbered batches. Each is read with torch's random numbers set to its own, whatever was read before, so that
     augmentation is the same in a run that goes on; the caller's random numbers stay as they were."""
     with torch.random.fork_rng(devices=[]):
@@ -78,9 +81,9 @@ def _read(how: Finetune, epoch: int, source: Iterable[Any], numbers: Iterable[in
             torch.default_generator.manual_seed(_seed(how, epoch, number + 1))
             item = next(items, None)
         if item is None:
-            raise UsageError("finetuning: the data hold fewer batches than their length says")
+            raise UsageError(f"{how.word}: the data hold fewer batches than their length says")
         yield number, batches([item])[0]
 
 
-def _seed(how: Finetune, epoch: int, number: int = 0) -> int:
+def _seed(how: Settings, epoch: int, number: int = 0) -> int:
     return ((how.seed * 1_000_003 + epoch) * 1_000_003 + number) % 2**63

@@ -3,11 +3,47 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, final, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, final, get_args
 
 from featherweight.errors import require
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
+
+
+class Settings(Protocol):
+    """What every training says, see Finetune. word: what it is called in messages. stage: likewise, of progress."""
+
+    word: ClassVar[str]
+    stage: ClassVar[str]
+
+    @property
+    def data(self) -> Any: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def labels(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def checkpoint(self) -> str | Path | None: ...
+
+
+def check(how: Settings) -> None:
+    """Refuse what no training can have.
+
+    Raises:
+        UsageError: a number is out of its range.
+    """
+    require(type(how.epochs) is int and how.epochs > 0, "epochs must be a whole number above 0", how.epochs)
+    require(0 < how.learning_rate < math.inf, "the learning rate must be above 0", how.learning_rate)
+    require(0 <= how.labels <= 1, "labels must be a share, 0 to 1", how.labels)
+    require(how.precision in get_args(Precision), "the precision must be fp32 or bf16", how.precision)
 
 
 @final
@@ -19,6 +55,8 @@ class Finetune:
     trained are at least float32. moves: whether codes of vectors may change, too. checkpoint: a file that keeps the
     state, so that a killed run goes on."""
 
+    word: ClassVar[str] = "finetuning"
+    stage: ClassVar[str] = "finetune"
     data: Any
     epochs: int = 5
     learning_rate: float = 1e-3
@@ -30,10 +68,7 @@ class Finetune:
     moves: bool = False
 
     def __post_init__(self) -> None:
-        require(type(self.epochs) is int and self.epochs > 0, "epochs must be a whole number above 0", self.epochs)
-        require(0 < self.learning_rate < math.inf, "the learning rate must be above 0", self.learning_rate)
-        require(0 <= self.labels <= 1, "labels must be a share, 0 to 1", self.labels)
-        require(self.precision in get_args(Precision), "the precision must be fp32 or bf16", self.precision)
+        check(self)
 
 
 @final

@@ -57,7 +57,7 @@ class Variable:
         found = self.now().to(self.dtype)
         if not torch.isfinite(found).all():
             kind = str(self.dtype).removeprefix("torch.")
-            raise UsageError(f"finetuning: {self.name} has left the range of {kind}; lower the learning rate")
+            raise UsageError(f"{self.name} has left the range of {kind}; lower the learning rate")
         return found
 
 
