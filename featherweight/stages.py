@@ -259,6 +259,6 @@ def _name(letters: _Letters, links: Sequence[Link]) -> str:
         if all(with_taps):
             return "spatial"
         if many:
-            return "tensor train"
+            return "tensor ring" if len(around) > 1 else "tensor train"
         return "low rank" if not any(with_taps) else "rows" if with_taps[0] else "cols"
     return "tucker" if len(letters.terms) <= 3 else "tensor train"
