@@ -70,7 +70,7 @@ class Chain:
 def chain_of(weight: Factors, view: View, grouped: bool = True) -> Chain | None:
     """The chain that multiplies least, None where there is none: a factor that holds whole outputs and whole inputs, or
     letters that lie across channels. grouped: whether links may have groups, as convolutions have; else the zeros
-    between the groups are multiplied with. The weight of a convolution with groups of its own has no chain."""
+    between the groups are multiplied with. Groups that the layer has itself are for the caller to refuse."""
     dims = dims_of(view)
     if prod(dims) != weight.shape[0] * weight.shape[1] or view.transposed_groups > 1:
         return None
@@ -259,6 +259,6 @@ def _name(letters: _Letters, links: Sequence[Link]) -> str:
         if all(with_taps):
             return "spatial"
         if many:
-            return "tensor train"
+            return "tensor ring" if len(around) > 1 else "tensor train"
         return "low rank" if not any(with_taps) else "rows" if with_taps[0] else "cols"
     return "tucker" if len(letters.terms) <= 3 else "tensor train"

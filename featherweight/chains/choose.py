@@ -156,7 +156,8 @@ def _row(
         return ChainRow(name, label, "dense", "no chain of layers computes this contraction", dense)
     links = chain.links
     cost = Cost(chain_macs(chain, stored.view, kind, calls), chain.numbers, chain.numbers * like.element_size())
-    runs = ", ".join(_described(link) for link in (reversed(links) if kind == "embedding" else links))
+    turned = kind == "embedding"  # looks up its last link and multiplies with the others
+    runs = ", ".join(_described(link, turned) for link in (reversed(links) if turned else links))
     if not calls:
         reason = "the example does not call its layer: something else may read its weight"
     elif only_if != "always" and kind == "embedding":
@@ -166,11 +167,12 @@ def _row(
     return ChainRow(name, label, "dense" if reason else runs, reason, dense, cost)
 
 
-def _described(link: Link) -> str:
+def _described(link: Link, turned: bool) -> str:
     """For people: '3x1 64 -> 24 in 8 groups'."""
     kernel = "x".join(map(str, link.kernel))
     groups = f" in {link.groups} groups" if link.groups > 1 else ""
-    return f"{kernel} {link.inputs} -> {link.outputs}{groups}".strip()
+    ends = (link.outputs, link.inputs) if turned else (link.inputs, link.outputs)
+    return f"{kernel} {ends[0]} -> {ends[1]}{groups}".strip()
 
 
 def _unfit(model: nn.Module, layer: Any, owner: str, stored: StoredUnit, unit: Unit | None, own: str) -> str:
