@@ -36,4 +36,4 @@ bench: setup ## the tables of README.md, on the networks of ../shared
 	$(RUN)python -m bench.allocate targets
 	$(RUN)python -m bench.allocate operations
 	$(RUN)python -m bench.memory
-	$(RUN)python -m bench.additive layers ablation networks finetuned
+	$(RUN)python -m bench.additive layers ablation decoding networks finetuned

@@ -1,13 +1,13 @@
 """Additive codes: layer errors against scalar grids, what each part of the solver gains, and encoding time.
 
-    python -m bench.additive layers ablation speed networks finetuned [--only resnet20_cifar10] [--zoo ../shared/zoo.py]
+    python -m bench.additive layers ablation speed decoding networks finetuned [--only resnet20_cifar10] [--zoo FILE]
 
 `layers`: every convolution of resnet20_cifar10 at 2 and 3 bits, books shared by the network and their bytes counted.
 `ablation`: the same network at 2 bits, one part of the solver after another; the books of the network, a stage or a
 layer, at about equal bytes; lengths of vectors and numbers of books. `speed`: seconds a million weights, beside the
-residual and local-search quantizers of faiss on the same vectors (needs `pip install faiss-cpu`). `networks`: files of
-the command; `finetuned`: files under a target, then trained towards the dense network. Each part writes
-bench/results/additive-PART.md; the last two keep the lines that they do not measure.
+residual and local-search quantizers of faiss on the same vectors (needs `pip install faiss-cpu`). `decoding`: a file
+as large as a ResNet-50. `networks`: files of the command; `finetuned`: files under a target, then trained towards the
+dense network. Each part writes bench/results/additive-PART.md; the last two keep the lines that they do not measure.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 
 from bench.networks import measure
 from featherweight import reuse_memory
+from featherweight.artifact import read, write
+from featherweight.artifact.schema import Artifact, StoredUnit
 from featherweight.data import Batch, batches
-from featherweight.layers import Unit, scan
+from featherweight.layers import Unit, View, scan
 from featherweight.methods import Additive, Gptq, GridSpec, Obq, Vectors
 from featherweight.methods.books import Books, fit, vectors_of
 from featherweight.methods.vectors import Layer, descend, encode, first_codes, fitted, nearest, power
@@ -37,6 +40,7 @@ from featherweight.metrics import accuracy
 from featherweight.repair import repair
 from featherweight.stats import LayerStats, capture
 from featherweight.userland import call, make_model
+from featherweight.weights import Codebook
 
 RESULTS = Path(__file__).parent / "results"
 NETWORK, CALIBRATION, TEST = "resnet20_cifar10", "cifar10_calibration", "cifar10_test"
@@ -66,9 +70,14 @@ FILES = {
 }
 
 
-TUNED = {  # network: (calibration, test, training data, (target, epochs) ...)
-    "resnet20_cifar10": (CALIBRATION, TEST, "cifar10_train10k", (("71kB", 10),)),
-    "resnet20_cifar100": ("cifar100_calibration", "cifar100_test", "cifar100_train", (("15.3x", 8), ("7.2x", 4))),
+TUNED = {  # network: (calibration, test, training data, (target, epochs, other settings of `finetune`) ...)
+    "resnet20_cifar10": (CALIBRATION, TEST, "cifar10_train10k", (("71kB", 5, "--learning-rate 3e-3"),)),
+    "resnet20_cifar100": (
+        "cifar100_calibration",
+        "cifar100_test",
+        "cifar100_train",
+        (("15.3x", 15, "--learning-rate 3e-3 --move-codes"), ("7.2x", 10, "--learning-rate 3e-3 --move-codes")),
+    ),
 }
 
 
@@ -297,6 +306,44 @@ def speed(bed: Bed) -> str:
     return "\n".join(rows) + "\n"
 
 
+def decoding() -> str:
+    """A file with as many weights as ResNet-50 has, codes and books at random: read, checked and decoded."""
+    shapes, channels = [(64, 147)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(blocks):
+            shapes += [(width, channels), (width, 9 * width), (4 * width, width)]
+            shapes += [(4 * width, channels)] if i == 0 else []
+            channels = 4 * width
+    shapes.append((1000, 2048))
+    weights = sum(rows * cols for rows, cols in shapes)
+    table = ["| books | file bytes | read and check, s | decode, s | together |", "|---|--:|--:|--:|--:|"]
+    rng = torch.Generator().manual_seed(0)
+    for d, widths in ((4, (8,)), (4, (9,)), (4, (12,)), (8, (8, 8))):
+        books = tuple(torch.randn(2**n, d, generator=rng).half() for n in widths)
+        units = []
+        for i, (rows, cols) in enumerate(shapes):
+            own = [torch.randint(2**n, (rows, -(-cols // d)), generator=rng) for n in widths]
+            scale = torch.rand(rows, 1, generator=rng).half()
+            weight = Codebook(torch.stack(own, dim=2).to(torch.int16), books, scale, cols)
+            units.append(StoredUnit((f"l{i}.weight",), View((rows, cols)), weight, "additive"))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "large.fw"
+            size = write(Artifact(tuple(units), {}, ()), path)
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                artifact = read(path)
+                middle = time.perf_counter()
+                artifact.state()
+                times.append((middle - start, time.perf_counter() - middle))
+        both = sorted(times, key=sum)[1]
+        what = "+".join(map(str, widths))
+        table.append(f"| {what} bits in {d} | {size:,} | {both[0]:.2f} | {both[1]:.2f} | {sum(both):.2f} |")
+        print(table[-1], flush=True)
+    table += ["", f"{weights:,} weights in {len(shapes)} layers, {torch.get_num_threads()} threads, median of 3."]
+    return "\n".join(table) + "\n"
+
+
 def networks(zoo: Path, only: list[str] | None) -> None:
     head = [
         "| network | settings | file bytes | smaller | top-1 before | after | time |",
@@ -315,29 +362,39 @@ def networks(zoo: Path, only: list[str] | None) -> None:
                 keep_row("networks", head, row)
 
 
-def finetuned(zoo: Path, only: list[str] | None) -> None:
-    """A file under a target, then the same file finetuned."""
-    head = ["| network | target | file bytes | smaller | top-1 before | file | epochs | finetuned | bytes | time |"]
+def finetuned(zoo: Path, only: list[str] | None, folder: Path) -> None:
+    """A file under a target, then the same file finetuned. What `folder` has of an earlier run is not done again."""
+    head = ["| network | target | file bytes | smaller | top-1 before | file | trained | finetuned | bytes | time |"]
     head.append("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    with tempfile.TemporaryDirectory() as folder:
-        small, tuned = Path(folder) / "small.fw", Path(folder) / "tuned.fw"
-        for name in only or TUNED:
-            calibration, test, train, every = TUNED[name]
-            for target, epochs in every:
-                x = measure(zoo, name, calibration, test, f"--target {target}", small)
-                command = [sys.executable, "-m", "featherweight", "finetune", str(small), "-o", str(tuned), "--json"]
-                command += ["--model", f"{zoo}:{name}", "--train", f"{zoo}:{train}", "--test", f"{zoo}:{test}"]
-                command += ["--epochs", str(epochs), "--precision", "bf16"]
-                start = time.perf_counter()
-                done = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                took = time.perf_counter() - start
-                row = (
-                    f"| {name} | {target} | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x | "
-                    f"{x['before']:.2f} | {x['after']:.2f} | {epochs} of {train} | {done['top1']:.2f} | "
-                    f"{tuned.stat().st_size:,} | {x['compress_s']:.0f} + {took:.0f} s |"
-                )
-                print(row, flush=True)
-                keep_row("finetuned", head, row)
+    for name in only or TUNED:
+        calibration, test, train, every = TUNED[name]
+        for target, epochs, settings in every:
+            small, tuned = folder / f"{name}-{target}.fw", folder / f"{name}-{target}-tuned.fw"
+            x = once(small, partial(measure, zoo, name, calibration, test, f"--target {target}", small))
+            command = [sys.executable, "-m", "featherweight", "finetune", str(small), "-o", str(tuned), "--json"]
+            command += ["--model", f"{zoo}:{name}", "--train", f"{zoo}:{train}", "--test", f"{zoo}:{test}"]
+            command += ["--epochs", str(epochs), "--precision", "bf16", *settings.split()]
+            command += ["--checkpoint", str(tuned.with_suffix(".part"))]
+            done = once(tuned, partial(answer, command))
+            row = (
+                f"| {name} | {target} | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x | "
+                f"{x['before']:.2f} | {x['after']:.2f} | {epochs} epochs of {train}, `{settings}` | "
+                f"{done['top1']:.2f} | {tuned.stat().st_size:,} | {x['compress_s']:.0f} + {done['seconds']:.0f} s |"
+            )
+            print(row, flush=True)
+            keep_row("finetuned", head, row)
+
+
+def answer(command: list[str]) -> dict[str, Any]:
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was found when `file` was made, kept beside it."""
+    known = file.with_suffix(".json")
+    if not (file.exists() and known.exists()):
+        known.write_text(json.dumps(make()))
+    return json.loads(known.read_text())
 
 
 def keep_row(part: str, head: list[str], row: str) -> None:
@@ -345,31 +402,37 @@ def keep_row(part: str, head: list[str], row: str) -> None:
     path = RESULTS / f"additive-{part}.md"
     kept = path.read_text().splitlines()[2:] if path.exists() else []
     same = row.split("|")[1:3]
-    write(part, "\n".join([*head, *(r for r in kept if r.split("|")[1:3] != same), row]) + "\n")
+    write_table(part, "\n".join([*head, *(r for r in kept if r.split("|")[1:3] != same), row]) + "\n")
 
 
-def write(part: str, text: str) -> None:
+def write_table(part: str, text: str) -> None:
     (RESULTS / f"additive-{part}.md").write_text(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=("layers", "ablation", "speed", "networks", "finetuned"))
+    parser.add_argument(
+        "parts", nargs="+", choices=("layers", "ablation", "speed", "decoding", "networks", "finetuned")
+    )
     parser.add_argument("--only", action="append", help="networks of `networks` and `finetuned`")
+    parser.add_argument("--folder", type=Path, help="where files of `finetuned` are kept, so that a killed run goes on")
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
     options = parser.parse_args()
     if "networks" in options.parts:
         networks(options.zoo, options.only)
     if "finetuned" in options.parts:
-        finetuned(options.zoo, options.only)
-    rest = [p for p in options.parts if p not in ("networks", "finetuned")]
+        with tempfile.TemporaryDirectory() as folder:
+            finetuned(options.zoo, options.only, options.folder or Path(folder))
+    if "decoding" in options.parts:
+        write_table("decoding", decoding())
+    rest = [p for p in options.parts if p not in ("decoding", "networks", "finetuned")]
     bed = Bed.of(options.zoo) if rest else None
     for part in rest:
         assert bed is not None
         made = {"layers": layers, "speed": speed, "ablation": lambda b: "\n".join([*parts(b), "", *sharing(b)]) + "\n"}
         text = made[part](bed)
         print(text)
-        write(part, text)
+        write_table(part, text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from featherweight._memory import reuse_memory
 from featherweight.activations import ActivationGrid, simulate
 from featherweight.artifact import load
+from featherweight.chains import chained, chains_of, load_chained
 from featherweight.errors import FeatherweightError, FormatError, InfeasibleError, SolveError, UsageError
 from featherweight.finetune import Finetune, finetune
 from featherweight.layers import scan
@@ -68,9 +69,12 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Vectors",
     "admm",
     "capture",
+    "chained",
+    "chains_of",
     "compress",
     "finetune",
     "load",
+    "load_chained",
     "load_packed",
     "plan",
     "read_recipe",

@@ -4,6 +4,8 @@ Value i of an n-bit stream occupies bits i*n .. i*n+n-1 of the stream; bit j of 
 The last byte is padded with zeros, and a reader refuses anything else there.
 """
 
+from math import gcd
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,15 +26,20 @@ def pack(values: Tensor, bits: int) -> Tensor:
     >>> pack(torch.tensor([1, 2, 3, 0, 1]), bits=2)
     tensor([57,  1], dtype=torch.uint8)
     """
-    if bits > 8:
-        wide = values.reshape(-1).cpu().numpy().astype("<u2").view(np.uint8).reshape(-1, 2)
-        table = np.unpackbits(wide, axis=1, count=bits, bitorder="little")
-        return torch.from_numpy(np.packbits(table.reshape(-1), bitorder="little"))
-    flat = values.reshape(-1).to(torch.uint8).cpu().numpy()
+    flat = values.reshape(-1).to(torch.uint8 if bits <= 8 else torch.int32).cpu().numpy()
     if bits == 8:
         return torch.from_numpy(flat.copy())
-    table = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(table.reshape(-1), bitorder="little"))
+    period, width = _period(bits)
+    groups = -(-len(flat) // period)
+    given = np.zeros(groups * period, flat.dtype)
+    given[: len(flat)] = flat
+    columns, rows = given.reshape(groups, period), np.zeros((groups, width), np.uint8)
+    for i in range(period):
+        byte, shift = divmod(i * bits, 8)
+        value = (columns[:, i].astype(np.uint32) & (2**bits - 1)) << shift
+        for k in range((shift + bits + 7) // 8):
+            rows[:, byte + k] |= (value >> (8 * k)).astype(np.uint8)
+    return torch.from_numpy(rows.reshape(-1)[: packed_size(len(flat), bits)].copy())
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -49,8 +56,22 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         raise ValueError("the padding bits of a packed tensor are not zero")
     if bits == 8:
         return torch.from_numpy(data.copy())
-    table = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
-    if bits > 8:
-        wide = np.packbits(np.pad(table, ((0, 0), (0, 16 - bits))), axis=1, bitorder="little")
-        return torch.from_numpy(wide.view("<u2").reshape(count).astype(np.int32))
-    return torch.from_numpy(np.packbits(table, axis=1, bitorder="little").reshape(count))
+    period, width = _period(bits)
+    groups = -(-count // period)
+    given = np.zeros(groups * width, np.uint8)
+    given[: data.size] = data
+    rows = given.reshape(groups, width)
+    found = np.empty((groups, period), np.uint8 if bits < 8 else np.int32)
+    for i in range(period):
+        byte, shift = divmod(i * bits, 8)
+        value = rows[:, byte].astype(np.uint16 if bits < 8 else np.int32)
+        for k in range(1, (shift + bits + 7) // 8):
+            value |= rows[:, byte + k].astype(value.dtype) << (8 * k)
+        found[:, i] = (value >> shift) & (2**bits - 1)
+    return torch.from_numpy(found.reshape(-1)[:count].copy())
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """After how many values the places in bytes are the same again, and how many bytes these take."""
+    values = 8 // gcd(bits, 8)
+    return values, values * bits // 8

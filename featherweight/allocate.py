@@ -109,7 +109,7 @@ class Stage:
     def over(self, size: int = 0) -> dict[str, int]:
         """By how much a file of `size` bytes, and the network as it was counted last, miss each limit, those that hold
         left out."""
-        there = {"bytes": size} | {b: getattr(self.outcome, b) for b in ("macs", "bops", "latency")}
+        there = {"bytes": size} | {b: getattr(self.outcome, b) for b in ("macs", "bops", "latency", "params")}
         return {b: there[b] - limit for b, limit in self.outcome.limits.items() if there[b] > limit}
 
     def tighter(self, over: Mapping[str, int]) -> "Stage":
@@ -150,7 +150,8 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     positions = {u.name: uses(setting.stats[u.name], count) for u in units}
     macs = sum(round(positions[u.name] * u.params) for u in units if u.kind != "embedding")
     clock = None if goal.latency is None else Clock(net, solving[0], units)
-    limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2, 0 if clock is None else clock.dense)
+    params = sum(p.numel() for p in net.parameters())
+    limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2, 0 if clock is None else clock.dense, params)
     candidates, what = _candidates(setting, tries, groups, goal.score, solving, judging, progress, clock)
     coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.structured else {}
     known = setting.grids, setting.about, coupled, positions, setting.input_bits, clock
@@ -198,6 +199,8 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
         dense_macs=macs,
         latency=0 if clock is None else allocator.overhead + allocator.costs(choices, ["latency"])["latency"],
         dense_latency=0 if clock is None else clock.dense,
+        params=allocator.costs(choices, ["params"])["params"] + allocator.others,
+        dense_params=params,
     )
     return Stage(allocator, limits, task, choices, pruned, trust, outcome)
 

@@ -29,7 +29,7 @@ from featherweight.weights import Sparse, Weight
 
 MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
 SETTLING = 4  # times that the size of everything but the weights is looked at again
-NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs", "latency": "microseconds"}
+NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs", "latency": "microseconds", "params": "parameters"}
 BEYOND = 1 << 40  # more than any limit
 POINTS = 8  # policies of the front that are measured
 
@@ -64,13 +64,13 @@ class Point:
 @final
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """The outcome. limits, floor: by budget ('bytes' of the whole file, 'macs', 'bops', 'latency' in microseconds), the
-    latter the smallest that is reachable. predicted: the sum of the scores; first: the measured distance of the score's
-    own policy, measured: of the chosen one, both None where there was nothing to measure on; policies: how many were
-    measured. score: what the scores are. front: of the first budget, from small to large. macs, bops: of the network as
-    it was stored, counted again, for one sample; dense_macs: before. latency, dense_latency: of the whole network with
-    its layers made smaller, predicted before it is stored and then measured, and of the dense one; 0 where it has no
-    limit."""
+    """The outcome. limits, floor: by budget ('bytes' of the whole file, 'macs', 'bops', 'latency' in microseconds,
+    'params'), the latter the smallest that is reachable. predicted: the sum of the scores; first: the measured distance
+    of the score's own policy, measured: of the chosen one, both None where there was nothing to measure on; policies:
+    how many were measured. score: what the scores are. front: of the first budget, from small to large. macs, bops: of
+    the network as it was stored, counted again, for one sample; dense_macs: before. latency, dense_latency: of all
+    layers, made smaller, predicted before it is stored and then measured, and of the dense network; 0 where
+    it has no limit. params, dense_params: numbers stored of all parameters, and before."""
 
     chosen: tuple[Chosen, ...]
     limits: dict[str, int]
@@ -86,6 +86,8 @@ class Allocation:
     bops: int = 0
     latency: int = 0
     dense_latency: int = 0
+    params: int = 0
+    dense_params: int = 0
 
 
 @final
@@ -126,9 +128,15 @@ class Allocator:
         return {b: sum(x[b] for x in own) for b in budgets}
 
     def counted(self, weights: Mapping[str, Weight]) -> dict[str, int]:
-        """MACs and BOPs of the network with these weights as they are stored, counted again."""
+        """MACs, BOPs and parameters of the network with these weights as they are stored, counted again."""
         own = [self._operations(u, weights[u.name]) for u in self.found.units]
-        return {b: sum(x[b] for x in own) for b in ("macs", "bops")}
+        found = {b: sum(x[b] for x in own) for b in ("macs", "bops", "params")}
+        return found | {"params": found["params"] + self.others}
+
+    @property
+    def others(self) -> int:
+        """Parameters that are no units."""
+        return sum(p.numel() for p in self.net.parameters()) - sum(u.params for u in self.found.units)
 
     def trimmed(self, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
         """Without the rows that nothing reads."""
@@ -213,7 +221,8 @@ class Allocator:
         for b in budgets:
             least = self.cheapest(b)
             found[b] = self.size(least) + MARGIN if b == "bytes" else self.costs(least, [b])[b]
-        return found | ({"latency": found["latency"] + self.overhead} if "latency" in found else {})
+        found |= {"latency": found["latency"] + self.overhead} if "latency" in found else {}
+        return found | ({"params": found["params"] + self.others} if "params" in found else {})
 
     def task(self, limits: Mapping[str, int]) -> Task:
         """The knapsack for these limits, that of bytes lowered by what the rest of the file takes; with those books
@@ -261,7 +270,7 @@ class Allocator:
                 unused = sum(c.storage for c in opened - set(used))  # of books that another policy may need
                 over = self._rest(choices) + unused + MARGIN
             largest = max(largest, over)
-            rest = {"bytes": over if turn < SETTLING - 1 else largest, "latency": self.overhead}
+            rest = {"bytes": over if turn < SETTLING - 1 else largest, "latency": self.overhead, "params": self.others}
             inner = {b: limits[b] - rest.get(b, 0) for b in budgets}
             meets = self._meets(inner) if linear else None
             if opened and "bytes" in limits:

@@ -35,7 +35,7 @@ from featherweight.methods.additive import NARROW, WIDTH
 from featherweight.methods.books import vectors_of
 from featherweight.stats import LayerStats
 from featherweight.target import Among, Goal
-from featherweight.weights import Codebook, Grid, Sparse, Weight
+from featherweight.weights import Codebook, Factors, Grid, Sparse, Weight
 from featherweight.weights.masks import BoxMap, ChannelMap, RowMap
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -53,8 +53,9 @@ FLOAT = 32  # bits that a multiplication counts where a factor is not on a grid
 class Candidate:
     """A solved form of one weight. final: the method it is solved with again if it is chosen. bytes: its payload. macs,
     bops: of the layer for one sample, rows and input channels without any weight left out; bops are multiplied by the
-    bits of both factors, 32 for floats. latency: microseconds of the layer, 0 where nobody asks. rise: the predicted
-    distance to the dense outputs, if no other weight were changed."""
+    bits of both factors, 32 for floats. latency: microseconds of the layer, 0 where nobody asks. params: numbers that
+    are stored of it, see `numbers`. rise: the predicted distance to the dense outputs, if no other weight were
+    changed."""
 
     method: Method
     final: Method
@@ -63,6 +64,7 @@ class Candidate:
     macs: int
     bops: int
     latency: int
+    params: int
     rise: float
 
 
@@ -206,7 +208,7 @@ def solve_candidates(
     kept: dict[str, tuple[Candidate, ...]] = {}
     for group in [(i,) for i in range(len(units))] if groups is None else groups:
         together = [found[units[i].name] for i in group]
-        best = useful(menu_of(together, ("bytes", "macs", "bops", "latency")))
+        best = useful(menu_of(together, ("bytes", "macs", "bops", "latency", "params")))
         kept |= {units[i].name: tuple(found[units[i].name][k] for k in best) for i in group}
     return kept
 
@@ -218,14 +220,25 @@ def menu_of(together: Sequence[Sequence[Candidate]], budgets: Sequence[str]) -> 
 
 
 def operations(weight: Weight, unit: Unit, positions: float, input_bits: int, clock: Clock | None) -> dict[str, int]:
-    """MACs, BOPs and latency of one weight, see `Candidate`. positions: see `uses`."""
+    """MACs, BOPs, latency and parameters of one weight, see `Candidate`. positions: see `uses`."""
     macs = round(positions * live(weight, unit))
     bops = macs * weight_bits(weight) * (input_bits or FLOAT)
     return {
         "macs": macs,
         "bops": bops,
         "latency": 0 if clock is None else clock.layer(unit, *extent(weight, unit)),
+        "params": numbers(weight),
     }
+
+
+def numbers(weight: Weight) -> int:
+    """Numbers that make a weight: those that are kept of a sparse one, all of the factors; each entry of any other."""
+    match weight:
+        case Sparse():
+            return int(weight.mask.sum())
+        case Factors():
+            return sum(p.shape[0] * p.shape[1] for p in weight.parts)
+    return weight.shape[0] * weight.shape[1]
 
 
 def live(weight: Weight, unit: Unit) -> int:

@@ -64,6 +64,8 @@ def compress_command(
     vector: opt.Vector = None,
     books: opt.Books = None,
     quantizer: opt.Quantizer = None,
+    keep: opt.Keep = None,
+    ranks: opt.Ranks = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
@@ -100,18 +102,7 @@ def compress_command(
     check_output(output, weights)
     if database is not None:
         Database.at(database)
-    settings = _settings(
-        method=method,
-        bits=bits,
-        sparsity=sparsity,
-        pattern=pattern,
-        group=group,
-        symmetric=symmetric,
-        share=share,
-        vector=vector,
-        books=books,
-        quantizer=quantizer,
-    )
+    settings = opt.settings_of(locals())
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, measurements, front)
     if front is not None:
         check_front(front, output)
@@ -177,6 +168,8 @@ def plan_command(
     vector: opt.Vector = None,
     books: opt.Books = None,
     quantizer: opt.Quantizer = None,
+    keep: opt.Keep = None,
+    ranks: opt.Ranks = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
@@ -193,18 +186,7 @@ def plan_command(
     as_json: opt.Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
-    settings = _settings(
-        method=method,
-        bits=bits,
-        sparsity=sparsity,
-        pattern=pattern,
-        group=group,
-        symmetric=symmetric,
-        share=share,
-        vector=vector,
-        books=books,
-        quantizer=quantizer,
-    )
+    settings = opt.settings_of(locals())
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)
     chosen = _recipe(settings, goal, recipe, include, exclude, False, activations, None)
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
@@ -223,6 +205,7 @@ def plan_command(
         print_json(asdict(found))
         return
     out.print(_plan_table(found), "")
+    out.print(*(f"{row.name}: {row.note}" for row in found.rows if row.note), sep="\n", markup=False)
     out.print(left_alone_table(found.left_alone), *float_inputs_lines(found.float_inputs), "", sep="\n")
     ratio = found.baselines.fp32 / found.file_bytes
     out.print(f"predicted file {found.file_bytes:,} bytes, {ratio:.1f}x smaller than fp32 ({found.baselines.fp32:,})")
@@ -362,14 +345,6 @@ def _goal(
         check_output(front, None)
     known = measurements, front is not None, score, tuple(tie or ()), latency
     return Goal(target, macs, bops, among, *known)  # pyright: ignore - it checks
-
-
-def _settings(**given: Any) -> dict[str, Any]:
-    """Those of `method_of` that were given; a whole number of bits as one."""
-    found = {k: v for k, v in given.items() if v is not None}
-    if "bits" in found and float(found["bits"]).is_integer():
-        found["bits"] = int(found["bits"])
-    return found
 
 
 def _recipe(

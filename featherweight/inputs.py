@@ -13,11 +13,11 @@ from featherweight.data import Batch, batches, check, split
 from featherweight.database import Database
 from featherweight.errors import UsageError
 from featherweight.layers import Scan
-from featherweight.methods import Magnitude, Method, Rtn
+from featherweight.methods import Method
 from featherweight.methods.additive import additive_of
 from featherweight.moments import basis_of, captured
 from featherweight.recipe import Recipe
-from featherweight.solve import Order, Progress, order
+from featherweight.solve import Order, Progress, needs_inputs, order
 from featherweight.stats import LayerStats
 from featherweight.target import Goal
 
@@ -65,7 +65,7 @@ def samples_of(
     if data is None:
         if wanted:
             raise UsageError("rounding activations needs calibration data, to find their ranges")
-        needing = sorted({m.label for m in methods.values() if not isinstance(m, Rtn | Magnitude)})
+        needing = sorted({m.label for m in methods.values() if needs_inputs(m)})
         if needing:
             raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn or magnitude")
         return []

@@ -24,7 +24,7 @@ def latency(model: nn.Module, batch: Batch) -> int:
     """Microseconds of one call, at least 1: of several series, each with some calls to warm up, the lowest median.
     Whatever else the machine does only adds to it."""
     here = batch.to(device_of(model))
-    return min(_timed(lambda: here.run(model), device_of(model)) for _ in range(SERIES))
+    return min(timed(lambda: here.run(model), device_of(model)) for _ in range(SERIES))
 
 
 @final
@@ -54,7 +54,7 @@ class Clock:
             sizes = max(rows, 1), max(channels, 1)
             smaller = narrowed(copy.deepcopy(layer), *(torch.arange(n) for n in sizes))
             with torch.no_grad():
-                self._known[key] = _timed(lambda: smaller(inputs), inputs.device)
+                self._known[key] = timed(lambda: smaller(inputs), inputs.device)
         return self._known[key]
 
     def network(self, net: nn.Module) -> int:
@@ -76,7 +76,9 @@ def _layers(net: nn.Module, batch: Batch, units: Sequence[Unit]) -> dict[str, tu
     return {n: (owners[n], inputs[0].clone()) for n, inputs in seen.items() if len(inputs) == 1}
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> int:
+def timed(run: Callable[[], Any], device: torch.device) -> int:
+    """Microseconds of a call, at least 1: the median of some, after three to warm up."""
+
     def once() -> float:
         start = time.perf_counter()
         run()

@@ -1,5 +1,6 @@
 """The options that commands share: names, types and what `--help` says of them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +10,16 @@ from featherweight.errors import UsageError
 from featherweight.finetune import Finetune
 from featherweight.pull import AdmmTraining
 from featherweight.pull.settings import RHO
+from featherweight.recipe import SETTINGS
 from featherweight.userland import call
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
-Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, additive, magnitude, obs or admm, for all weights")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="of all weights: rtn, gptq, obq; additive; magnitude, obs, admm; or factors (see --keep)"),
+]
 Bits = Annotated[float | None, typer.Option(help="1 to 8; of additive codes bits a weight, such as 2 or 2.33")]
 Share = Annotated[str | None, typer.Option(help="who shares books of additive codes: network, stage or layer")]
 Vector = Annotated[
@@ -22,6 +27,13 @@ Vector = Annotated[
 ]
 Books = Annotated[int | None, typer.Option(help="words that are added up for a vector (default: 1)", min=1)]
 Quantizer = Annotated[str | None, typer.Option(help="of what a pruner leaves: gptq, obq or additive")]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="numbers that factors keep, 0 to 1; methods lowrank, spatial, tucker, tt, tr, cp, factors (best)"
+    ),
+]
+Ranks = Annotated[str | None, typer.Option(help="of factors, without --keep: vbmf, those that stand out from noise")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
 Pattern = Annotated[str | None, typer.Option(help="what is removed together: 2:4 (any N:M), blocks:4, rows, channels")]
 Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]
@@ -32,6 +44,9 @@ Symmetric = Annotated[
 Activations = Annotated[int | None, typer.Option(help="round the inputs of compressed weights, too: 2 to 8 bits")]
 Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
 TargetMacs = Annotated[str | None, typer.Option(help="multiplications of a sample: 0.5x of the dense ones, 50% or 20M")]
+TargetParams = Annotated[
+    str | None, typer.Option(help="numbers that are stored: 0.5x of the dense network's, 50% or 100k")
+]
 TargetBops = Annotated[str | None, typer.Option(help="the same, each times the bits of both factors (32 for floats)")]
 TargetLatency = Annotated[
     str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")
@@ -79,6 +94,14 @@ DatabaseFolder = Annotated[
     Path | None, typer.Option("--database", help="folder that keeps solved weights, so that no run solves one twice")
 ]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that `recipe.method_of` takes and that were given; a whole number of bits as one."""
+    found = {k: options[k] for k in SETTINGS if options.get(k) is not None}
+    if "bits" in found and float(found["bits"]).is_integer():
+        found["bits"] = int(found["bits"])
+    return found
 
 
 def check_metric(metric: str | None, test: str | None) -> None:

@@ -25,14 +25,14 @@ from featherweight.errors import InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
 from featherweight.inputs import look_at, samples_of, tensors_of
 from featherweight.layers import LeftAlone, Scan, scan
-from featherweight.methods import GridSpec, Method, Obq, Solution
+from featherweight.methods import GridSpec, Method, Obq, Plain, Solution
 from featherweight.methods.base import usable
 from featherweight.metrics import measured
 from featherweight.moments import basis_of, captured
 from featherweight.packing import packed, predicted_bytes
 from featherweight.pull import AdmmTraining, Pulled
 from featherweight.pull import admm as train_in
-from featherweight.recipe import Recipe, assign, input_bits, overridden, settled
+from featherweight.recipe import Recipe, assign, input_bits, overridden, settled, without_data
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
 from featherweight.sharing import fitted
@@ -54,7 +54,8 @@ def _quiet(stage: str, done: int, total: int) -> None:
 class PlanRow:
     """What would be done with one weight. bytes: its payload, exact unless its scales need fp32 or
     its pattern has short blocks. seconds: a guess. input_bits: what its inputs would be rounded to, None for float.
-    rise: what a target's score predicts that it adds to the distance to the dense outputs, None without a target."""
+    rise: what a target's score predicts that it adds to the distance to the dense outputs, None without a target.
+    note: why it is not done as asked."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,6 +66,7 @@ class PlanRow:
     seconds: float
     input_bits: int | None = None
     rise: float | None = None
+    note: str = ""
 
 
 @final
@@ -281,7 +283,7 @@ def plan(
         stored = method.storage(shape, unit.taps, unit.groups)
         bits = None if stays_float(unit, wanted) else wanted[unit.name]
         known = unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds, bits
-        rows.append(PlanRow(*known, rises.get(unit.name)))
+        rows.append(PlanRow(*known, rises.get(unit.name), method.why if isinstance(method, Plain) else ""))
     total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
     return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
@@ -350,6 +352,7 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
     found = scan(net, recipe.include, recipe.exclude)
     if goal is None:
         methods = assign(recipe, found)
+        methods = methods if with_data else {name: without_data(m) for name, m in methods.items()}
         predicted_bytes(net, found, methods, input_bits(recipe, found))  # refuses what no file can hold
         return found, methods
     if not found.units:
@@ -399,7 +402,7 @@ def _finetuned(solution: Solution, weight: Weight, w: Tensor, stats: LayerStats 
     """The same solution with a finetuned weight; its error is unknown where the moments of its inputs were not kept."""
     if stats is None:
         return replace(solution, weight=weight, error=math.nan, relative_error=math.nan)
-    return Solution.of(weight, w, usable(stats), solution.status, solution.info, solution.padded)
+    return Solution.of(weight, w, usable(stats), solution.status, solution.info, solution.padded, solution.remark)
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from featherweight.layers import LeftAlone
 from featherweight.pull import Pulled
 from featherweight.repair import Repair
 from featherweight.search import TEMPERATURE
+from featherweight.stages import stored_as
 from featherweight.target import Baselines
+from featherweight.weights import Factors
 
 FULL = 0.98  # of a budget: below, people are told why
 
@@ -88,11 +90,12 @@ def rows_of(artifact: Artifact) -> tuple[Row, ...]:
         weight = unit.weight
         params = weight.shape[0] * weight.shape[1]
         kind = str(weight.meta().get("values", weight.kind)) if weight.kind == "sparse" else weight.kind
+        stored = weight.kind if kind == weight.kind else f"{weight.kind} {kind}"
         rows.append(
             Row(
                 " = ".join(unit.names),
                 unit.view.shape,
-                weight.kind if kind == weight.kind else f"{weight.kind} {kind}",
+                stored_as(weight, unit.view) if isinstance(weight, Factors) else stored,
                 unit.method,
                 params,
                 weight.bits() // 8,
@@ -182,7 +185,7 @@ def allocation_lines(allocation: Allocation | None, file_bytes: int) -> list[Tex
     """How a target was met, or would be."""
     if allocation is None:
         return []
-    used = {"macs": allocation.macs, "bops": allocation.bops, "latency": allocation.latency, "bytes": file_bytes}
+    used = {"bytes": file_bytes} | {b: getattr(allocation, b) for b in NAMES if b != "bytes"}
     lines = []
     for budget, limit in allocation.limits.items():
         what = NAMES[budget]

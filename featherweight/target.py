@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
 
-Among: TypeAlias = Literal["quantize", "prune", "both", "additive", "all"]
+Among: TypeAlias = Literal["quantize", "prune", "both", "additive", "factors", "all"]
 """What a goal may choose from: grids alone; sparse fp16 alone; these and sparse grids; grids and vectors from shared
-books; or everything."""
+books; products of factors, on grids where bytes are limited; or everything, of which factors where multiplications,
+latency or parameters are limited."""
 
 Score: TypeAlias = Literal["outputs", "labels", "measured"]
 """How a candidate is scored: by second order towards the network's own outputs, or the labels' cross-entropy; or by the
@@ -67,7 +68,7 @@ def target_bytes(target: str | int, fp32: int) -> int:
 
 
 def share_of(target: str | int, dense: int, what: str) -> int:
-    """What a target for MACs or BOPs allows: `0.5x` or `50%` of the dense network's, or a number such as `20M`.
+    """What a target for MACs, BOPs or parameters allows: `0.5x` or `50%` of the dense network's, or `20M`.
 
     >>> share_of("0.5x", 1000, "MACs"), share_of("12%", 1000, "MACs"), share_of("2k", 10_000, "MACs")
     (500, 120, 2000)
@@ -108,8 +109,8 @@ class Goal:
     """What the compressed network may cost, and how it is found.
 
     Args:
-        target: of the file, see `target_bytes`. macs, bops: see `share_of`; BOPs are MACs times the bits of both
-            factors.
+        target: of the file, see `target_bytes`. macs, bops, params: see `share_of`; BOPs are MACs times the bits of
+            both factors, params are the numbers that are stored of all parameters, whatever their bits.
         latency: see `microseconds`; of one sample on this machine, with the layers made smaller (`featherweight.slim`).
         among: what may be chosen from; with a limit of MACs or latency, pruning removes whole input channels.
         measurements: how many policies are measured, at most; by default as many as take about a minute or two.
@@ -127,10 +128,11 @@ class Goal:
     score: Score = "outputs"
     tied: tuple[str, ...] = ()
     latency: str | None = None
+    params: str | int | None = None
 
     def __post_init__(self) -> None:
-        if self.target is None and self.macs is None and self.bops is None and self.latency is None:
-            raise UsageError("a goal needs a target for bytes, MACs, BOPs or latency")
+        if all(x is None for x in (self.target, self.macs, self.bops, self.latency, self.params)):
+            raise UsageError("a goal needs a target for bytes, MACs, BOPs, latency or parameters")
         if self.among not in get_args(Among):
             raise UsageError(f"among must be one of {', '.join(get_args(Among))}, got {self.among!r}")
         if self.score not in get_args(Score):
@@ -141,10 +143,13 @@ class Goal:
             raise UsageError(f"tied must be a tuple of patterns, got {self.tied!r}")
         if self.structured and self.among in ("quantize", "additive"):
             what = "grids and books leave all multiplications in place"
-            raise UsageError(f"{what}: for a target of MACs or latency choose among prune, both or all")
+            raise UsageError(f"{what}: for a target of MACs or latency choose among prune, both, factors or all")
+        if self.params is not None and self.among in ("quantize", "additive"):
+            what = "grids and books leave all weights in place"
+            raise UsageError(f"{what}: for a target of parameters choose among prune, both, factors or all")
         if self.target is not None:
             target_bytes(self.target, 1 << 40)
-        for value, what in ((self.macs, "MACs"), (self.bops, "BOPs")):
+        for value, what in ((self.macs, "MACs"), (self.bops, "BOPs"), (self.params, "parameters")):
             if value is not None:
                 share_of(value, 1 << 60, what)
         if self.latency is not None:
@@ -155,9 +160,10 @@ class Goal:
         """Whether only whole channels count."""
         return self.macs is not None or self.latency is not None
 
-    def limits(self, fp32: int, macs: int, bops: int, latency: int) -> dict[str, int]:
-        """By budget, for a dense network of so many bytes, MACs, BOPs and microseconds."""
+    def limits(self, fp32: int, macs: int, bops: int, latency: int, params: int) -> dict[str, int]:
+        """By budget, for a dense network of so many bytes, MACs, BOPs, microseconds and parameters."""
         found = {} if self.target is None else {"bytes": target_bytes(self.target, fp32)}
         found |= {} if self.macs is None else {"macs": share_of(self.macs, macs, "MACs")}
         found |= {} if self.bops is None else {"bops": share_of(self.bops, bops, "BOPs")}
-        return found | ({} if self.latency is None else {"latency": microseconds(self.latency, latency)})
+        found |= {} if self.latency is None else {"latency": microseconds(self.latency, latency)}
+        return found | ({} if self.params is None else {"params": share_of(self.params, params, "parameters")})

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 import featherweight as fw
 from featherweight import allocate
 from featherweight.artifact.read import from_bytes
-from featherweight.candidates import forms, live, weight_bits
+from featherweight.candidates import forms, live, numbers, weight_bits
 from featherweight.data import batches
 from featherweight.demo import digits
 from featherweight.errors import InfeasibleError, UsageError
@@ -543,3 +543,25 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
             fw.compress(chain(), images(64), target=target)
         with pytest.raises(InfeasibleError, match="smallest reachable latency"):
             fw.compress(chain(), images(64), target=goal(None, latency="1us"))
+
+
+# ---------------------------------------------------------------- parameters
+@pytest.mark.parametrize("share", ["0.6x", "25%", "1500"])
+def test_parameters_are_counted_and_kept(share):
+    model, data = chain(), images(64)
+    small = fw.compress(model, data, target=goal(None, params=share))
+    found = small.report.allocation
+    dense = sum(p.numel() for p in model.parameters())
+    assert found.dense_params == dense
+    assert found.limits == {"params": {"0.6x": int(0.6 * dense), "25%": int(0.25 * dense), "1500": 1500}[share]}
+    stored = sum(numbers(u.weight) for u in small.artifact.units)
+    biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
+    assert found.params == stored + biases <= found.limits["params"]
+
+
+def test_parameters_below_what_is_no_weight_are_refused():
+    biases = 16 + 24 + 16 + 10
+    with pytest.raises(InfeasibleError, match="parameters; the smallest reachable number of parameters is"):
+        fw.plan(chain(), images(64), target=goal(None, params=str(biases)))
+    with pytest.raises(UsageError, match="grids and books leave all weights"):
+        goal(params="0.5x", among="quantize")

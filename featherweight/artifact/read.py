@@ -21,6 +21,7 @@ from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.weights import KINDS, Codebook, Dense, Factor, Factors, Grid, Sparse, books_of, shared_factors
 from featherweight.weights.codebook import LONGEST, MOST_BITS, MOST_BOOKS
+from featherweight.weights.factors import largest
 from featherweight.weights.masks import BoxMap
 
 _KINDS = {kind.kind: kind for kind in KINDS}
@@ -251,7 +252,9 @@ def _unit(
     try:
         layout = kind.layout(view.matrix_shape, fields)
         pieces = {f: _piece(streams, dtype, n, f"{where}.{f}") for f, (dtype, n) in layout.items()}
-        claims.take(view.matrix_shape[0] * view.matrix_shape[1] * max(len(own), 1), where)
+        entries = view.matrix_shape[0] * view.matrix_shape[1] * max(len(own), 1)
+        most = largest(fields["axes"], fields["terms"], fields["sizes"]) if kind is Factors else 0
+        claims.take(max(entries, most), where)
         pieces |= {f"book{m}": book for m, book in enumerate(own)}
         weight = kind.load(view.matrix_shape, fields, pieces, **shared)
     except FormatError as wrong:

@@ -2,8 +2,8 @@
 
 Every form is one sum of products, written as in `einsum`: a term for each factor names its indices with letters, `axes`
 names those that the matrix runs over (output channels, input channels, taps, or parts of them), all others are summed
-(ranks). `or,rc->oc` is low rank, `or,rst,si->oit` a Tucker decomposition of a convolution over its channels, or a tensor
-train; `oxr,riy->oiyx` one kernel along each side; `yr,xr,ir,or->oiyx` CP; `zoa,apb,biz->oip` a tensor ring;
+(ranks). `or,rc->oc` is low rank, `or,rst,si->oit` a Tucker decomposition of a convolution over its channels, or a
+tensor train; `oxr,riy->oiyx` one kernel along each side; `yr,xr,ir,or->oiyx` CP; `zoa,apb,biz->oip` a tensor ring;
 `obr,rbc->obc` blocks of columns with a pair of factors each.
 """
 
@@ -24,7 +24,7 @@ from featherweight.weights.grid import Grid
 Factor: TypeAlias = Dense | Grid
 
 MOST = 16  # factors
-LARGEST = 64  # times the matrix, or 2 ** 16 entries: the largest tensor on the way to it
+LARGEST = 8  # times the matrix, or 2 ** 16 entries: the largest tensor on the way to it
 _FACTORS: dict[str, type[Dense] | type[Grid]] = {k.kind: k for k in (Dense, Grid)}
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -34,8 +34,8 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 class Factors:
     """shape: (rows, cols). axes: letters whose sizes multiply to rows * cols, in the order of the matrix's entries.
     terms: the letters of every factor; sizes: of every letter. parts: the factors, each a matrix of (size of its term's
-    first letter, the others together). Decoding contracts the first two, then the next, and so on, summing over a letter
-    as soon as no later term has it. shared: positions of factors that other weights hold as well, as the same
+    first letter, the others together). Decoding contracts the first two, then the next, and so on, summing over a
+    letter as soon as no later term has it. shared: positions of factors that other weights hold as well, as the same
     object."""
 
     kind: ClassVar[str] = "factors"
@@ -132,6 +132,11 @@ def matrix_of(term: str, sizes: Mapping[str, int]) -> tuple[int, int]:
     return sizes[term[0]], prod(sizes[x] for x in term[1:])
 
 
+def largest(axes: str, terms: Sequence[str], sizes: Mapping[str, int]) -> int:
+    """Entries of the largest tensor that decoding makes."""
+    return max(prod(sizes[x] for x in step) for step in [*_steps(axes, terms), axes])
+
+
 def _steps(axes: str, terms: Sequence[str]) -> list[str]:
     """The letters of the tensor after each contraction, the last one's in the order of the axes."""
     letters, found = terms[0], []
@@ -175,5 +180,5 @@ def _check(shape: tuple[int, int], axes: str, terms: Sequence[str], sizes: Mappi
     entries = shape[0] * shape[1]
     if prod(sizes[x] for x in axes) != entries:
         raise FormatError(f"field 'sizes': the axes {axes!r} do not multiply to {entries} entries")
-    if max((prod(sizes[x] for x in s) for s in _steps(axes, terms)), default=0) > LARGEST * max(entries, 2**16):
+    if largest(axes, terms, sizes) > LARGEST * max(entries, 2**16):
         raise FormatError("field 'terms': the contraction needs far more memory than the matrix")

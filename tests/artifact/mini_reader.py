@@ -45,7 +45,7 @@ def parse(data: bytes):
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     contents = json.loads(header["__metadata__"]["featherweight"])
-    assert contents["format"] in (1, 2, 3, 4)
+    assert contents["format"] in (1, 2, 3, 4, 5)
     if contents["format"] >= 4:
         assert set(contents) == {"format", "checksum", "packed"}
         contents |= json.loads(zlib.decompress(base64.b85decode(contents["packed"])))
@@ -68,6 +68,7 @@ def parse(data: bytes):
         return values
 
     books = [widened("f16", take("f16", words * d)).reshape(words, d) for words, d in contents.get("books", [])]
+    common = [matrix(take, *f["shape"], f["weight"], []) for f in contents.get("factors", [])]
     tensors, grids = {}, {}
     for entry in contents["units"]:
         shape, groups = entry["shape"], entry.get("transposed_groups", 0)
@@ -75,7 +76,10 @@ def parse(data: bytes):
         if groups:
             inputs, outputs, taps = shape[0] // groups, shape[1], prod(shape[2:])
             rows, cols = groups * outputs, inputs * taps
-        tensor = matrix(take, rows, cols, entry["weight"], books)
+        if entry["weight"]["kind"] == "factors":
+            tensor = contracted(take, rows, cols, entry["weight"], common)
+        else:
+            tensor = matrix(take, rows, cols, entry["weight"], books)
         if groups:
             tensor = tensor.reshape(groups, outputs, inputs, taps).swapaxes(1, 2)
         for name in entry["names"]:
@@ -117,6 +121,21 @@ def matrix(take, rows, cols, meta, books):
         with np.errstate(over="ignore"):
             values[mask] = scale[own] * (codes - zero[own]).astype(np.float32)
     return values.reshape(rows, cols)
+
+
+def contracted(take, rows, cols, meta, common):
+    sizes, parts = meta["sizes"], []
+    for term, own in zip(meta["terms"], meta["factors"], strict=True):
+        first, *others = (sizes[x] for x in term)
+        part = common[own] if isinstance(own, int) else matrix(take, first, prod(others), own, [])
+        parts.append(part.astype(np.float64).reshape(first, *others))
+    letters, total = meta["terms"][0], parts[0]
+    for k, term in enumerate(meta["terms"][1:], 1):
+        later = set(meta["axes"]).union(*meta["terms"][k + 1 :])
+        step = "".join(x for x in dict.fromkeys(letters + term) if x in later)
+        total, letters = np.einsum(f"{letters},{term}->{step}", total, parts[k]), step
+    with np.errstate(over="ignore"):
+        return np.einsum(f"{letters}->{meta['axes']}", total).reshape(rows, cols).astype(np.float32)
 
 
 def vectors(take, mask, meta, books):

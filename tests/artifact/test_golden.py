@@ -10,7 +10,7 @@ import torch
 from featherweight.artifact import load, read
 from featherweight.artifact.write import to_bytes
 from tests.artifact import mini_reader
-from tests.golden import make_v2, make_v3, make_v4
+from tests.golden import make_v2, make_v3, make_v4, make_v5
 from tests.golden.make_v1 import artifacts
 
 FILES = sorted((Path(__file__).parents[1] / "golden" / "v1").glob("*.fw"))
@@ -82,6 +82,19 @@ def test_the_golden_file_of_version_4_gives_the_expected_bits():
     assert all(p.stat().st_size < 7000 for p in (path, path.with_suffix(".json")))
     data, expected = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
     assert to_bytes(read(path)) == data == to_bytes(make_v4.artifact())
+    decoded, independent = load(path), mini_reader.read(data)
+    assert list(decoded) == list(independent) == list(expected)
+    for name, entry in expected.items():
+        values = np.array(entry["values"], entry["type"]).reshape(entry["shape"])
+        assert decoded[name].numpy().tobytes() == independent[name].tobytes() == values.tobytes(), name
+
+
+# ---------------------------------------------------------------- version 5
+def test_the_golden_file_of_version_5_gives_the_expected_bits():
+    path = make_v5.FOLDER / "factors.fw"
+    assert all(p.stat().st_size < 7000 for p in (path, path.with_suffix(".json")))
+    data, expected = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+    assert to_bytes(read(path)) == data == to_bytes(make_v5.artifact())
     decoded, independent = load(path), mini_reader.read(data)
     assert list(decoded) == list(independent) == list(expected)
     for name, entry in expected.items():

@@ -1,6 +1,7 @@
 """What every Weight promises. Adding a kind means adding instances of it here, and its decoder."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from featherweight._pack import pack
 from featherweight.errors import FormatError, UsageError
 from featherweight.methods import NM, Blocks, Channels, Rows
 from featherweight.methods.patterns import keep_largest
-from featherweight.weights import KINDS, Codebook, Dense, Grid, Sparse, Weight, books_of
+from featherweight.weights import KINDS, Codebook, Dense, Factors, Grid, Sparse, Weight, books_of
 from featherweight.weights.base import float_type
+from featherweight.weights.factors import matrix_of
 from featherweight.weights.masks import BlockMap, BoxMap, ChannelMap, NofM, RowMap
 from tests.artifact import mini_reader
 
@@ -143,6 +145,32 @@ for _name, (_form, _pattern, _taps) in _PATTERNED.items():
         INSTANCES[_part] = sparse_codebook(_keep, 2, [8, 4], F16, _own, _form)
 INSTANCES["sparse-codebook-box"] = sparse_codebook(_box.expand(4, -1).contiguous(), 2, [8], F32, 3, BoxMap(3))
 
+_FORMS = {
+    "rows": ((5, 6), "oc", "or rc", {"o": 5, "r": 2, "c": 6}),
+    "first-axis-last": ((5, 6), "oc", "rc ro", {"o": 5, "r": 2, "c": 6}),
+    "spatial": ((3, 12), "oiyx", "oxr riy", {"o": 3, "r": 2, "i": 2, "y": 3, "x": 2}),
+    "tucker": ((3, 8), "oit", "or rst si", {"o": 3, "r": 2, "s": 3, "i": 2, "t": 4}),
+    "ring": ((2, 6), "oit", "zoa atb biz", {"o": 2, "i": 3, "t": 2, "z": 2, "a": 2, "b": 1}),
+    "cp": ((3, 8), "oiyx", "yr xr ir or", {"o": 3, "i": 2, "y": 2, "x": 2, "r": 4}),
+    "blocks": ((3, 8), "obc", "obr rbc", {"o": 3, "b": 2, "c": 4, "r": 2}),
+    "one": ((2, 3), "oc", "co", {"o": 2, "c": 3}),
+    "1x1": ((1, 1), "oc", "or rc", {"o": 1, "r": 1, "c": 1}),
+}
+
+
+def factors(form, kind="dense", shared=()):
+    shape, axes, terms, sizes = form
+    parts = [matrix_of(t, sizes) for t in terms.split()]
+    made = [dense(*p, F16) if kind == "dense" else grid(*p, 4, p[1], F16, k % 2 == 0) for k, p in enumerate(parts)]
+    return Factors(shape, axes, tuple(terms.split()), sizes, tuple(made), shared)
+
+
+for _name, _form in _FORMS.items():
+    for _kind in ("dense", "grid"):
+        INSTANCES[label("factors", _name, _kind)] = factors(_form, _kind)
+INSTANCES["factors-shared"] = factors(_FORMS["tucker"], shared=(1,))
+INSTANCES["factors-all-shared"] = factors(_FORMS["rows"], "grid", (1, 0))
+
 every = pytest.mark.parametrize("weight", INSTANCES.values(), ids=INSTANCES)
 
 
@@ -177,6 +205,8 @@ def decode(kind, shape, meta, payload, kept=None):
         return matrix
     if kind == "codebook":
         return decode_vectors(shape, meta, payload, set(kept))
+    if kind == "factors":
+        return decode_factors(shape, meta, payload)
     bits, group = meta["bits"], meta["group"]
     per_row = 0 if group == 0 else -(-shape[1] // group)
     scales = payload["scale"].tolist()
@@ -207,9 +237,29 @@ def decode_vectors(shape, meta, payload, kept):
     return matrix
 
 
+def decode_factors(shape, meta, payload):
+    """Entry after entry, and product after product. payload: with the shared factors, by position."""
+    letters = sorted(meta["sizes"])
+    parts = []
+    for k, (term, own) in enumerate(zip(meta["terms"], meta["factors"], strict=True)):
+        mine = {name.partition(".")[2]: t for name, t in payload.items() if str(name).startswith(f"{k}.")}
+        first, *others = (meta["sizes"][x] for x in term)
+        matrix = (
+            payload[k].dense().numpy() if own is None else decode(own["kind"], (first, math.prod(others)), own, mine)
+        )
+        parts.append(matrix.astype(np.float64).reshape(first, *others))
+    total = np.zeros([meta["sizes"][x] for x in meta["axes"]])
+    for place in np.ndindex(*[meta["sizes"][x] for x in letters]):
+        at = dict(zip(letters, place, strict=True))
+        product = math.prod(p[tuple(at[x] for x in t)] for p, t in zip(parts, meta["terms"], strict=True))
+        total[tuple(at[x] for x in meta["axes"])] += product
+    return total.reshape(shape).astype(np.float32)
+
+
 def with_books(weight, payload):
-    """What `load` is given: the payload, and the books that lie elsewhere in a file."""
-    return payload | {f"book{m}": book for m, book in enumerate(books_of(weight))}
+    """What `load` is given: the payload, and what lies elsewhere in a file."""
+    shared = {k: weight.parts[k] for k in weight.shared} if isinstance(weight, Factors) else {}
+    return payload | {f"book{m}": book for m, book in enumerate(books_of(weight))} | shared
 
 
 @every
@@ -290,6 +340,8 @@ def test_layout_foretells_the_payload(weight):
 def test_trainable_names_the_continuous_tensors(weight):
     continuous = {name for name, t in weight.tensors().items() if t.is_floating_point()}
     continuous |= {"books"} if books_of(weight) else set()  # which several weights may share
+    if isinstance(weight, Factors):
+        continuous |= {f"{k}.{n}" for k in weight.shared for n in weight.parts[k].trainable()}
     assert set(weight.trainable()) == continuous
     assert len(weight.trainable()) == len(continuous)
 
@@ -299,7 +351,11 @@ def read(weight, meta, payload):
     """As a file is read: the sizes are checked against the layout before `load`."""
     layout = type(weight).layout(weight.shape, meta)
     assert [(t.dtype, t.numel()) for t in payload.values()] == list(layout.values())
-    return type(weight).load(weight.shape, meta, with_books(weight, payload))
+    given = with_books(weight, payload)
+    if isinstance(weight, Factors):
+        shared = {k: given.pop(k) for k in weight.shared}
+        return Factors.load(weight.shape, meta, given, shared)
+    return type(weight).load(weight.shape, meta, given)
 
 
 @every
@@ -373,6 +429,51 @@ def test_a_field_of_a_wrong_type_or_range_is_refused_by_name(weight, name):
 def test_a_value_just_out_of_range_is_refused(weight, name, value):
     with pytest.raises(FormatError, match=name):
         weight.layout(weight.shape, weight.meta() | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("axes", None),
+        ("axes", 7),
+        ("axes", ["o", "c"]),
+        ("axes", "oC"),
+        ("terms", "or"),
+        ("terms", ["or", 1]),
+        ("terms", []),
+        ("sizes", None),
+        ("sizes", {"o": 5, "r": 2}),
+        ("sizes", {"o": 5, "r": 2.0, "c": 6}),
+        ("sizes", {"o": 5, "r": True, "c": 6}),
+        ("sizes", {"o": 5, "r": 0, "c": 6}),
+        ("sizes", {"o": 5, "r": 2**40, "c": 6}),
+        ("sizes", {"o": 6, "r": 2, "c": 6}),
+        ("factors", None),
+        ("factors", [None]),
+        ("factors", [{"kind": "dense", "type": "f16"}, 3]),
+        ("factors", [{"kind": "sparse"}, None]),
+        ("factors", [{"kind": "dense", "type": "f64"}, None]),
+        ("factors", [{"kind": "dense", "type": "f16", "more": 1}, None]),
+    ],
+)
+def test_terms_sizes_and_factors_that_make_no_matrix_are_refused(field, value):
+    weight = INSTANCES["factors-rows-dense"]
+    with pytest.raises(FormatError, match=field if value != [{"kind": "sparse"}, None] else "kind"):
+        weight.layout(weight.shape, weight.meta() | {field: value})
+
+
+def test_a_shared_factor_of_another_shape_is_refused():
+    weight = INSTANCES["factors-shared"]
+    for shared in ({}, {1: Dense(torch.ones(2, 11))}, {0: weight.parts[1]}):
+        with pytest.raises(FormatError, match=r"factor 1 is shared and must have shape \(2, 12\)"):
+            Factors.load(weight.shape, weight.meta(), weight.tensors(), shared)
+
+
+def test_contraction_is_rounded_once():
+    """2 ** 24 + 1 - 2 ** 24 is 1 in float64, 0 or 2 in float32."""
+    left, right = torch.tensor([[2.0**24, 1.0, -(2.0**24)]]), torch.ones(3, 1)
+    weight = Factors((1, 1), "oc", ("or", "rc"), {"o": 1, "r": 3, "c": 1}, (Dense(left), Dense(right)))
+    assert weight.dense().tolist() == [[1.0]]
 
 
 @every
@@ -451,6 +552,8 @@ def test_a_flipped_bit_is_refused_or_read_as_it_is(name, place, bit):
     """No payload of the right size makes the reader fail in another way, or forget what it read."""
     weight = INSTANCES[name]
     payload = {k: t.clone() for k, t in weight.tensors().items()}
+    if not payload:
+        return  # all of it is shared
     flat = torch.cat([t.view(torch.uint8) for t in payload.values()])
     flat[place % len(flat)] ^= 1 << bit
     parts = flat.split([t.numel() * t.element_size() for t in payload.values()])
@@ -465,6 +568,11 @@ def test_a_flipped_bit_is_refused_or_read_as_it_is(name, place, bit):
 
 # ---------------------------------------------------------------- construction
 ZEROS = torch.zeros(2, 6, dtype=torch.uint8)
+NINE = {"o": 3, "r": 2, "c": 3}
+
+
+def product(shape=(3, 3), axes="oc", terms=("or", "rc"), sizes=NINE, parts=((3, 2), (2, 3)), shared=()) -> Factors:
+    return Factors(shape, axes, terms, sizes, tuple(Dense(torch.ones(p)) for p in parts), shared)
 
 
 def built(size=(2, 3, 1), book=(4, 2), count=1, **altered) -> Codebook:
@@ -516,6 +624,24 @@ def built(size=(2, 3, 1), book=(4, 2), count=1, **altered) -> Codebook:
         pytest.param(
             lambda: Sparse(ZEROS == 0, built((2, 1, 1), keep=ZEROS > 0)), "those of the kept entries", id="other-mask"
         ),
+        pytest.param(lambda: product(terms=()), "1 to 16 factors", id="no-factor"),
+        pytest.param(lambda: product(terms=("or",) * 17), "1 to 16 factors", id="17-factors"),
+        pytest.param(lambda: product(axes="oo"), "different letters", id="axis-twice"),
+        pytest.param(lambda: product(axes=""), "different letters", id="no-axis"),
+        pytest.param(lambda: product(terms=("or", "r,c")), "different letters", id="comma"),
+        pytest.param(lambda: product(axes="oz"), "of the letters of the terms", id="unknown-axis"),
+        pytest.param(lambda: product(sizes=NINE | {"z": 2}), "of the letters of the terms", id="unused-letter"),
+        pytest.param(lambda: product(axes="o", shape=(3, 1)), "the letter 'c' once only", id="lonely-letter"),
+        pytest.param(lambda: product(shape=(3, 4)), "do not multiply to 12", id="axes-do-not-fit"),
+        pytest.param(
+            lambda: product((1, 1), "oc", ("or", "sc", "rs"), {"o": 1, "r": 2000, "s": 2000, "c": 1}, ()),
+            "far more memory",
+            id="large-on-the-way",
+        ),
+        pytest.param(lambda: product(parts=((3, 2), (3, 2))), r"shapes \[\(3, 2\), \(2, 3\)\]", id="factor-shape"),
+        pytest.param(lambda: product(parts=((3, 2),)), r"shapes \[\(3, 2\), \(2, 3\)\]", id="missing-factor"),
+        pytest.param(lambda: product(shared=(2,)), "among the 2", id="shared-beyond"),
+        pytest.param(lambda: product(shared=(0, 0)), "among the 2", id="shared-twice"),
     ],
 )
 def test_what_cannot_be_stored_cannot_be_built(build, told):
