@@ -63,6 +63,9 @@ def compress_command(
     share: opt.Share = None,
     vector: opt.Vector = None,
     books: opt.Books = None,
+    keep: opt.Keep = None,
+    error: opt.Error = None,
+    block: opt.Block = None,
     quantizer: opt.Quantizer = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
@@ -107,6 +110,9 @@ def compress_command(
         share=share,
         vector=vector,
         books=books,
+        keep=keep,
+        error=error,
+        block=block,
         quantizer=quantizer,
     )
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, measurements, front)
@@ -164,6 +170,9 @@ def plan_command(
     share: opt.Share = None,
     vector: opt.Vector = None,
     books: opt.Books = None,
+    keep: opt.Keep = None,
+    error: opt.Error = None,
+    block: opt.Block = None,
     quantizer: opt.Quantizer = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
@@ -191,6 +200,9 @@ def plan_command(
         share=share,
         vector=vector,
         books=books,
+        keep=keep,
+        error=error,
+        block=block,
         quantizer=quantizer,
     )
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)

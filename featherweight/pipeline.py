@@ -25,7 +25,7 @@ from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
 from featherweight.layers import LeftAlone, Scan, scan
-from featherweight.methods import GridSpec, Magnitude, Method, Obq, Rtn, Solution
+from featherweight.methods import GridSpec, Method, Obq, Solution
 from featherweight.methods.additive import additive_of
 from featherweight.methods.base import usable
 from featherweight.moments import basis_of, captured
@@ -33,8 +33,8 @@ from featherweight.packing import packed, predicted_bytes
 from featherweight.recipe import Recipe, assign, input_bits, overridden, settled
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
-from featherweight.sharing import fitted
-from featherweight.solve import Order, Progress, Work, assembled, order, solved
+from featherweight.sharing import arranged, fitted
+from featherweight.solve import Order, Progress, Work, assembled, needs_inputs, order, solved
 from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, baselines, target_bytes
 from featherweight.weights import Weight, united
@@ -328,7 +328,7 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
     """
     found = scan(net, recipe.include, recipe.exclude)
     if goal is None:
-        methods = assign(recipe, found)
+        methods = arranged(net, found.units, assign(recipe, found))
         predicted_bytes(net, found, methods, input_bits(recipe, found))  # refuses what no file can hold
         return found, methods
     if not found.units:
@@ -356,9 +356,9 @@ def _samples(
     if data is None:
         if wanted:
             raise UsageError("rounding activations needs calibration data, to find their ranges")
-        needing = sorted({m.label for m in methods.values() if not isinstance(m, Rtn | Magnitude)})
+        needing = sorted({m.label for m in methods.values() if needs_inputs(m)})
         if needing:
-            raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn or magnitude")
+            raise UsageError(f"{needing[0]} needs calibration data; give some, or use rtn, magnitude or dictionary")
         return []
     samples = batches(data, batch_size)
     check(net, samples[0])

@@ -17,6 +17,7 @@ from featherweight.methods import (
     Admm,
     Blocks,
     Channels,
+    DictionaryPairs,
     Gptq,
     GridSpec,
     Magnitude,
@@ -36,7 +37,8 @@ from featherweight.methods.additive import NARROW, additive_of
 QUANTIZERS: dict[str, type[Rtn] | type[Gptq] | type[Obq]] = {"rtn": Rtn, "gptq": Gptq, "obq": Obq}
 PRUNERS: dict[str, type[Magnitude] | type[Obs] | type[Admm]] = {"magnitude": Magnitude, "obs": Obs, "admm": Admm}
 _ADDITIVE = ("share", "vector", "books")
-SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer", *_ADDITIVE)
+_PAIRS = ("keep", "error", "block")
+SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer", *_ADDITIVE, *_PAIRS)
 FINE = GridSpec(8, symmetric=True)
 SHARE = 0.01  # of the bytes of all weights with books, for grids of 8 bits in place of vectors
 SHARES = ("network", "stage", "layer")
@@ -84,12 +86,13 @@ def _check_activations(bits: Any) -> None:
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
-    """The method that settings name: `method` (rtn, gptq, obq, additive, magnitude, obs, admm), `bits`, `sparsity`,
-    `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any weights), `group`, `symmetric`,
-    `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes with; and of additive
+    """The method that settings name: `method` (rtn, gptq, obq, additive, magnitude, obs, admm, dictionary), `bits`,
+    `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any weights), `group`,
+    `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes with; of additive
     quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books` (words that are
-    added up). A sparsity or pattern without a method means the better of ExactOBS and ADMM, or ADMM alone for layers
-    where the first would take long. No setting at all means OBQ at 4 bits; grids of 8 bits are symmetric unless
+    added up); and of dictionary pairs `keep` or `error`, `block` (input channels), `bits` of the factors, and `share`
+    (the dictionaries). A sparsity or pattern without a method means the better of ExactOBS and ADMM, or ADMM alone for
+    layers where the first would take long. No setting at all means OBQ at 4 bits; grids of 8 bits are symmetric unless
     `symmetric` says otherwise.
 
     >>> method_of({"method": "gptq", "bits": 3}).label
@@ -108,9 +111,13 @@ def method_of(settings: Mapping[str, Any]) -> Method:
         raise UsageError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTINGS)}")
     by_cost = "method" not in given and ("sparsity" in given or "pattern" in given)
     name = given.pop("method", "obs" if "sparsity" in given or "pattern" in given else "obq")
-    if name not in (*QUANTIZERS, *PRUNERS, "additive"):
-        known = ", ".join((*QUANTIZERS, "additive", *PRUNERS))
+    if name not in (*QUANTIZERS, *PRUNERS, "additive", "dictionary"):
+        known = ", ".join((*QUANTIZERS, "additive", *PRUNERS, "dictionary"))
         raise UsageError(f"unknown method {name!r}; expected one of {known}")
+    if name == "dictionary":
+        pairs = _pairs(given)
+        _nothing_left(given, name)
+        return pairs
     damp: dict[str, Any] = {"damp": _number(given.pop("damp"), "damp")} if "damp" in given else {}
     if name in ("rtn", "magnitude") and damp:
         raise UsageError(f"method '{name}' has no setting 'damp'")
@@ -155,6 +162,17 @@ def _additive(given: dict[str, Any], damp: dict[str, Any]) -> Additive:
     if abs(total - rate * length) > 0.05 or total < count:
         raise UsageError(f"{count} books for vectors of {length} weights cannot have {rate:g} bits a weight")
     return Additive(Vectors(length, tuple((total + m) // count for m in range(count))), share, **damp)
+
+
+def _pairs(given: dict[str, Any]) -> DictionaryPairs:
+    """From `keep` or `error` and, where given, `bits` of the factors, `block` and `share`."""
+    if len({"keep", "error"} & set(given)) != 1:
+        raise UsageError("method 'dictionary' needs a share of the numbers or an error: --keep 0.5, or --error 0.1")
+    keep, error = (_number(given.pop(k), k) if k in given else None for k in ("keep", "error"))
+    grid = _grid(given, needed=False, method="dictionary")
+    if (share := given.pop("share", "network")) not in SHARES:
+        raise UsageError(f"share must be one of {', '.join(SHARES)}, got {share!r}")
+    return DictionaryPairs(keep, error, grid=grid, block=given.pop("block", 0), share=share)
 
 
 def _pattern(pattern: Any, sparsity: Any, method: str) -> Pattern:
