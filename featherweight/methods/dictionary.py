@@ -107,7 +107,7 @@ class DictionaryPairs:
         else:
             rank = self.rank_of(shape, stats.taps)
         if self.common is None and self.is_plain(shape, len(x), rank):
-            return Solution.of(self._rounded(w.double()), w, stats, status_of(stats), {"rank": 0.0})
+            return Solution.of(self._rounded(w.double()), w, stats, status_of(stats))
         if self.common is not None and self.common.dictionary is not None:
             second = self.common.dictionary
             d = second.dense().double().reshape(rank, len(x), -1).transpose(0, 1)
@@ -120,7 +120,7 @@ class DictionaryPairs:
             sizes = {"o": shape[0], "b": len(x), "r": rank, "c": shape[1] // len(x)}
             said = "obc", ("obr", "rbc"), sizes
         weight = Factors(shape, *said, (first, second), () if self.common is None else (1,))
-        return Solution.of(weight, w, stats, status_of(stats), {"rank": float(rank)})
+        return Solution.of(weight, w, stats, status_of(stats))
 
     def factors(self, c: Tensor, d: Tensor) -> tuple[Factor, Factor]:
         """Coefficients (blocks, rows, rank) with orthonormal columns and dictionary (blocks, rank, columns), stored."""
