@@ -63,10 +63,11 @@ def compress_command(
     share: opt.Share = None,
     vector: opt.Vector = None,
     books: opt.Books = None,
+    quantizer: opt.Quantizer = None,
     keep: opt.Keep = None,
+    ranks: opt.Ranks = None,
     error: opt.Error = None,
     block: opt.Block = None,
-    quantizer: opt.Quantizer = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
@@ -100,21 +101,7 @@ def compress_command(
     check_output(output, weights)
     if database is not None:
         Database.at(database)
-    settings = _settings(
-        method=method,
-        bits=bits,
-        sparsity=sparsity,
-        pattern=pattern,
-        group=group,
-        symmetric=symmetric,
-        share=share,
-        vector=vector,
-        books=books,
-        keep=keep,
-        error=error,
-        block=block,
-        quantizer=quantizer,
-    )
+    settings = opt.settings_of(locals())
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, measurements, front)
     if front is not None:
         check_front(front, output)
@@ -170,10 +157,11 @@ def plan_command(
     share: opt.Share = None,
     vector: opt.Vector = None,
     books: opt.Books = None,
+    quantizer: opt.Quantizer = None,
     keep: opt.Keep = None,
+    ranks: opt.Ranks = None,
     error: opt.Error = None,
     block: opt.Block = None,
-    quantizer: opt.Quantizer = None,
     activations: opt.Activations = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
@@ -190,21 +178,7 @@ def plan_command(
     as_json: opt.Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
-    settings = _settings(
-        method=method,
-        bits=bits,
-        sparsity=sparsity,
-        pattern=pattern,
-        group=group,
-        symmetric=symmetric,
-        share=share,
-        vector=vector,
-        books=books,
-        keep=keep,
-        error=error,
-        block=block,
-        quantizer=quantizer,
-    )
+    settings = opt.settings_of(locals())
     goal = _goal(target, target_macs, target_bops, target_latency, among, score, tie, None, None)
     chosen = _recipe(settings, goal, recipe, include, exclude, False, activations, None)
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
@@ -223,6 +197,7 @@ def plan_command(
         print_json(asdict(found))
         return
     out.print(_plan_table(found), "")
+    out.print(*(f"{row.name}: {row.note}" for row in found.rows if row.note), sep="\n", markup=False)
     out.print(left_alone_table(found.left_alone), *float_inputs_lines(found.float_inputs), "", sep="\n")
     ratio = found.baselines.fp32 / found.file_bytes
     out.print(f"predicted file {found.file_bytes:,} bytes, {ratio:.1f}x smaller than fp32 ({found.baselines.fp32:,})")
@@ -376,14 +351,6 @@ def _finetune(
     if data is None:
         raise UsageError("--finetune needs data: --train file.py:function, or --data")
     return Finetune(data, epochs, batch_size=batch_size, precision=precision or "fp32")  # pyright: ignore - it checks
-
-
-def _settings(**given: Any) -> dict[str, Any]:
-    """Those of `method_of` that were given; a whole number of bits as one."""
-    found = {k: v for k, v in given.items() if v is not None}
-    if "bits" in found and float(found["bits"]).is_integer():
-        found["bits"] = int(found["bits"])
-    return found
 
 
 def _recipe(

@@ -116,6 +116,7 @@ class Database:
             "relative_error": float(solution.relative_error).hex(),
             "status": solution.status.name,
             "padded": solution.padded,
+            "remark": solution.remark,
             "info": {name: float(value).hex() for name, value in solution.info.items()},
         }
         self._keep(key, Artifact((unit,), {}, (), facts))
@@ -261,7 +262,9 @@ def _solution(entry: Artifact, shape: tuple[int, int]) -> Solution:
         (unit,) = entry.units
         numbers = float.fromhex(about["error"]), float.fromhex(about["relative_error"])
         info = {name: float.fromhex(value) for name, value in about["info"].items()}
-        solution = Solution(unit.weight, *numbers, Status[about["status"]], info, bool(about["padded"]))
+        solution = Solution(
+            unit.weight, *numbers, Status[about["status"]], info, bool(about["padded"]), str(about["remark"])
+        )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise FormatError("the entry holds no solution of a layer") from None
     if solution.weight.shape != shape:

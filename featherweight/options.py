@@ -1,16 +1,23 @@
 """The options that commands share: names, types and what `--help` says of them."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from featherweight.errors import UsageError
+from featherweight.recipe import SETTINGS
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
 DataSpec = Annotated[str | None, typer.Option("--data", help="calibration data: a callable, named like MODEL")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
-Method = Annotated[str | None, typer.Option(help="rtn, gptq, obq, additive, magnitude, obs, admm, dictionary")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="of all weights: rtn, gptq, obq; additive; magnitude, obs, admm; dictionary; or factors (see --keep)"
+    ),
+]
 Bits = Annotated[float | None, typer.Option(help="1 to 8; of additive codes bits a weight, such as 2 or 2.33")]
 Share = Annotated[str | None, typer.Option(help="who shares books or dictionaries: network, stage or layer")]
 Vector = Annotated[
@@ -18,7 +25,13 @@ Vector = Annotated[
 ]
 Books = Annotated[int | None, typer.Option(help="words that are added up for a vector (default: 1)", min=1)]
 Quantizer = Annotated[str | None, typer.Option(help="of what a pruner leaves: gptq, obq or additive")]
-Keep = Annotated[float | None, typer.Option(help="share of the dense numbers that factors may have, up to 1")]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="numbers that factors keep, 0 to 1; methods lowrank, spatial, tucker, tt, tr, cp, factors, dictionary"
+    ),
+]
+Ranks = Annotated[str | None, typer.Option(help="of factors, without --keep: vbmf, those that stand out from noise")]
 Error = Annotated[float | None, typer.Option(help="of dictionary pairs: relative error of a weight, such as 0.1")]
 Block = Annotated[int | None, typer.Option(help="of dictionary pairs: input channels that have a dictionary (0: all)")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
@@ -63,6 +76,14 @@ DatabaseFolder = Annotated[
     Path | None, typer.Option("--database", help="folder that keeps solved weights, so that no run solves one twice")
 ]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that `recipe.method_of` takes and that were given; a whole number of bits as one."""
+    found = {k: options[k] for k in SETTINGS if options.get(k) is not None}
+    if "bits" in found and float(found["bits"]).is_integer():
+        found["bits"] = int(found["bits"])
+    return found
 
 
 def check_metric(metric: str | None, test: str | None) -> None:

@@ -13,7 +13,7 @@ from featherweight.artifact.schema import is_foldable
 from featherweight.artifact.write import to_bytes
 from featherweight.errors import UsageError
 from featherweight.layers import Scan
-from featherweight.methods import DictionaryPairs, Method, Solution
+from featherweight.methods import DictionaryPairs, Factorize, Method, Solution
 from featherweight.sharing import book_bytes, dictionary_bytes
 from featherweight.weights.base import float_type
 
@@ -115,7 +115,9 @@ def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method], wan
     header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
     labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
     header += 75 * sum(bits > 0 for bits in wanted.values())
-    if (books := book_bytes(methods)) == 0 and not any(isinstance(m, DictionaryPairs) for m in methods.values()):
+    if (books := book_bytes(methods)) == 0 and not any(
+        isinstance(m, DictionaryPairs | Factorize) for m in methods.values()
+    ):
         return other + payload + header + labels + 200
     own = other - sum(
         t.numel() * t.element_size() for t in [*rest.values(), *(t for n in artifact.norms for t in (n.scale, n.shift))]

@@ -25,12 +25,12 @@ from featherweight.database import Database
 from featherweight.errors import FeatherweightError, InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
 from featherweight.layers import LeftAlone, Scan, scan
-from featherweight.methods import GridSpec, Method, Obq, Solution
+from featherweight.methods import GridSpec, Method, Obq, Plain, Solution
 from featherweight.methods.additive import additive_of
 from featherweight.methods.base import usable
 from featherweight.moments import basis_of, captured
 from featherweight.packing import packed, predicted_bytes
-from featherweight.recipe import Recipe, assign, input_bits, overridden, settled
+from featherweight.recipe import Recipe, assign, input_bits, overridden, settled, without_data
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
 from featherweight.sharing import arranged, fitted
@@ -52,7 +52,8 @@ def _quiet(stage: str, done: int, total: int) -> None:
 class PlanRow:
     """What would be done with one weight. bytes: its payload, exact unless its scales need fp32 or
     its pattern has short blocks. seconds: a guess. input_bits: what its inputs would be rounded to, None for float.
-    rise: what a target's score predicts that it adds to the distance to the dense outputs, None without a target."""
+    rise: what a target's score predicts that it adds to the distance to the dense outputs, None without a target.
+    note: why it is not done as asked."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,6 +64,7 @@ class PlanRow:
     seconds: float
     input_bits: int | None = None
     rise: float | None = None
+    note: str = ""
 
 
 @final
@@ -273,7 +275,7 @@ def plan(
         stored = method.storage(shape, unit.taps, unit.groups)
         bits = None if stays_float(unit, wanted) else wanted[unit.name]
         known = unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds, bits
-        rows.append(PlanRow(*known, rises.get(unit.name)))
+        rows.append(PlanRow(*known, rises.get(unit.name), method.why if isinstance(method, Plain) else ""))
     total = capturing + searching + sum(r.seconds for r in rows)
     left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
     return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation)
@@ -329,6 +331,7 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
     found = scan(net, recipe.include, recipe.exclude)
     if goal is None:
         methods = arranged(net, found.units, assign(recipe, found))
+        methods = methods if with_data else {name: without_data(m) for name, m in methods.items()}
         predicted_bytes(net, found, methods, input_bits(recipe, found))  # refuses what no file can hold
         return found, methods
     if not found.units:
@@ -398,7 +401,7 @@ def _finetuned(solution: Solution, weight: Weight, w: Tensor, stats: LayerStats 
     """The same solution with a finetuned weight; its error is unknown where the moments of its inputs were not kept."""
     if stats is None:
         return replace(solution, weight=weight, error=math.nan, relative_error=math.nan)
-    return Solution.of(weight, w, usable(stats), solution.status, solution.info, solution.padded)
+    return Solution.of(weight, w, usable(stats), solution.status, solution.info, solution.padded, solution.remark)
 
 
 def _measured(evaluate: Callable[[nn.Module], float | dict[str, float]]) -> Callable[[nn.Module], dict[str, float]]:

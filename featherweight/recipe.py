@@ -18,6 +18,7 @@ from featherweight.methods import (
     Blocks,
     Channels,
     DictionaryPairs,
+    Factorize,
     Gptq,
     GridSpec,
     Magnitude,
@@ -25,6 +26,7 @@ from featherweight.methods import (
     Obq,
     Obs,
     Pattern,
+    Plain,
     Prune,
     PruneQuantize,
     Rows,
@@ -36,9 +38,12 @@ from featherweight.methods.additive import NARROW, additive_of
 
 QUANTIZERS: dict[str, type[Rtn] | type[Gptq] | type[Obq]] = {"rtn": Rtn, "gptq": Gptq, "obq": Obq}
 PRUNERS: dict[str, type[Magnitude] | type[Obs] | type[Admm]] = {"magnitude": Magnitude, "obs": Obs, "admm": Admm}
+FACTORS = {"lowrank": "lowrank", "factors": "best"} | {x: x for x in ("spatial", "tucker", "tt", "tr", "cp")}
 _ADDITIVE = ("share", "vector", "books")
-_PAIRS = ("keep", "error", "block")
-SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer", *_ADDITIVE, *_PAIRS)
+_FACTORS = ("keep", "ranks")
+_PAIRS = ("error", "block")
+_APART = (*_ADDITIVE, *_FACTORS, *_PAIRS)
+SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer", *_APART)
 FINE = GridSpec(8, symmetric=True)
 SHARE = 0.01  # of the bytes of all weights with books, for grids of 8 bits in place of vectors
 SHARES = ("network", "stage", "layer")
@@ -86,14 +91,15 @@ def _check_activations(bits: Any) -> None:
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
-    """The method that settings name: `method` (rtn, gptq, obq, additive, magnitude, obs, admm, dictionary), `bits`,
-    `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any weights), `group`,
-    `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes with; of additive
-    quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books` (words that are
-    added up); and of dictionary pairs `keep` or `error`, `block` (input channels), `bits` of the factors, and `share`
-    (the dictionaries). A sparsity or pattern without a method means the better of ExactOBS and ADMM, or ADMM alone for
-    layers where the first would take long. No setting at all means OBQ at 4 bits; grids of 8 bits are symmetric unless
-    `symmetric` says otherwise.
+    """The method that settings name: `method` (rtn, gptq, obq, additive, magnitude, obs, admm, dictionary, or a form of
+    factors), `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any
+    weights), `group`, `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes
+    with; of additive quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books`
+    (words that are added up); of factors (lowrank, spatial, tucker, tt, tr, cp, or factors for the best of several)
+    `keep`, the share of the numbers that is left, or `ranks`, vbmf, and with `bits` they are on grids; of dictionary
+    pairs `keep` or `error`, `block` (input channels), `bits`, and `share` (the dictionaries). A sparsity or pattern
+    without a method means the better of ExactOBS and ADMM, or ADMM alone for layers where the first would take long. No
+    setting at all means OBQ at 4 bits; grids of 8 bits are symmetric unless `symmetric` says otherwise.
 
     >>> method_of({"method": "gptq", "bits": 3}).label
     'gptq 3 bit'
@@ -111,8 +117,8 @@ def method_of(settings: Mapping[str, Any]) -> Method:
         raise UsageError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTINGS)}")
     by_cost = "method" not in given and ("sparsity" in given or "pattern" in given)
     name = given.pop("method", "obs" if "sparsity" in given or "pattern" in given else "obq")
-    if name not in (*QUANTIZERS, *PRUNERS, "additive", "dictionary"):
-        known = ", ".join((*QUANTIZERS, "additive", *PRUNERS, "dictionary"))
+    if name not in (*QUANTIZERS, *PRUNERS, *FACTORS, "additive", "dictionary"):
+        known = ", ".join((*QUANTIZERS, "additive", *PRUNERS, "dictionary", *FACTORS))
         raise UsageError(f"unknown method {name!r}; expected one of {known}")
     if name == "dictionary":
         pairs = _pairs(given)
@@ -121,6 +127,8 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     damp: dict[str, Any] = {"damp": _number(given.pop("damp"), "damp")} if "damp" in given else {}
     if name in ("rtn", "magnitude") and damp:
         raise UsageError(f"method '{name}' has no setting 'damp'")
+    if name in FACTORS:
+        return _factors(given, name, damp)
     if name == "additive":
         vectors = _additive(given, damp)
         _nothing_left(given, name)
@@ -173,6 +181,18 @@ def _pairs(given: dict[str, Any]) -> DictionaryPairs:
     if (share := given.pop("share", "network")) not in SHARES:
         raise UsageError(f"share must be one of {', '.join(SHARES)}, got {share!r}")
     return DictionaryPairs(keep, error, grid=grid, block=given.pop("block", 0), share=share)
+
+
+def _factors(given: dict[str, Any], name: str, damp: dict[str, Any]) -> Factorize:
+    keep, ranks = given.pop("keep", None), given.pop("ranks", None)
+    if (keep is None) == (ranks is None):
+        raise UsageError(f"method '{name}' needs the share of numbers to keep, for example --keep 0.5, or --ranks vbmf")
+    if ranks not in (None, "vbmf"):
+        raise UsageError(f"ranks must be vbmf, got {ranks!r}; --keep 0.5 gives every layer ranks for its size")
+    grid = _grid(given, needed=False, method=name)
+    _nothing_left(given, name)
+    share = None if keep is None else _number(keep, "keep")
+    return Factorize(FACTORS[name], share, grid=grid, ranks=ranks, **damp)
 
 
 def _pattern(pattern: Any, sparsity: Any, method: str) -> Pattern:
@@ -283,7 +303,7 @@ def assign(recipe: Recipe, found: Scan) -> dict[str, Method]:
     """The method of every unit, by unit name.
 
     Raises:
-        UsageError: an override matches no unit.
+        UsageError: an override matches no unit, or names one that it cannot be done to.
     """
     chosen = {u.name: recipe.method for u in found.units} | _overrides(recipe, found)
     return in_common({u.name: settled(chosen[u.name], u) for u in found.units}, found.units)
@@ -303,8 +323,19 @@ def overridden(recipe: Recipe, found: Scan) -> dict[str, Method]:
 def _overrides(recipe: Recipe, found: Scan) -> dict[str, Method]:
     chosen: dict[str, Method] = {}
     for override in recipe.overrides:
-        chosen |= {u.name: override.method for u in matching(override.pattern, found.units)}
+        for unit in matching(override.pattern, found.units):
+            chosen[unit.name] = override.method
+            if isinstance(override.method, Factorize):
+                own = settled(override.method, unit)
+                if isinstance(own, Plain) and override.pattern in unit.names:
+                    raise UsageError(f"{unit.name} cannot be factored: {own.why}; leave out its override")
+                chosen[unit.name] = own
     return chosen
+
+
+def without_data(method: Method) -> Method:
+    """The same where a network has no data to look at."""
+    return replace(method, whiten=False) if isinstance(method, Factorize) else method
 
 
 def settled(method: Method, unit: Unit) -> Method:
@@ -314,6 +345,9 @@ def settled(method: Method, unit: Unit) -> Method:
             return method.for_layer(unit.view.matrix_shape, unit.groups)
         case PruneQuantize(prune=Prune() | Admm() as prune):
             return replace(method, prune=prune.for_layer(unit.view.matrix_shape, unit.groups))
+        case Factorize():
+            kernel = tuple(unit.view.shape[2:]) if unit.taps > 1 else ()
+            return method.for_layer(unit.view.matrix_shape, kernel, unit.groups)
     return method
 
 

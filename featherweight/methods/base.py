@@ -27,7 +27,7 @@ PADDED = "its input channels do not fill the last group of the pattern, which co
 class Solution:
     """weight: the stored form. error: sum over rows of d H dᵀ, d the change of the row, H the mean of x xᵀ.
     relative_error: error divided by that of storing zeros. info: every damping or retry, by name. padded: whether the
-    input channels do not fill the last group of the pattern."""
+    input channels do not fill the last group of the pattern. remark: what else people should know."""
 
     weight: Weight
     error: float
@@ -35,12 +35,13 @@ class Solution:
     status: Status = Status.SOLVED
     info: dict[str, float] = field(default_factory=dict)
     padded: bool = False
+    remark: str = ""
 
     @property
     def note(self) -> str:
         """What people should know about it, empty where there is nothing."""
         status = [] if self.status is Status.SOLVED else [self.status.value]
-        return "; ".join(status + [PADDED] * self.padded)
+        return "; ".join(status + [PADDED] * self.padded + [self.remark] * bool(self.remark))
 
     @classmethod
     def of(
@@ -48,14 +49,15 @@ class Solution:
         weight: Weight,
         w: Tensor,
         stats: LayerStats,
-        status: Status,
+        status: Status = Status.SOLVED,
         info: dict[str, float] | None = None,
         padded: bool = False,
+        remark: str = "",
     ) -> "Solution":
         """Measure the error of `weight` against `w`, decoded as a reader would decode it."""
         lost = output_energy(w.double() - weight.dense().to(w.device).double(), stats)
         whole = output_energy(w.double(), stats)
-        return cls(weight, lost, lost / whole if whole > 0 else 0.0, status, info or {}, padded)
+        return cls(weight, lost, lost / whole if whole > 0 else 0.0, status, info or {}, padded, remark)
 
 
 class Method(Protocol):

@@ -27,6 +27,7 @@ from featherweight.weights import Dense, Factor, Factors
 from featherweight.weights.base import float_type
 
 NOTHING = 1e-14  # of the largest eigenvalue: below this one is rounding
+WHOLE = "stored whole: a dictionary pair would be no smaller"
 ROUNDS = 2  # of rounding one factor and refitting the other
 
 
@@ -107,7 +108,7 @@ class DictionaryPairs:
         else:
             rank = self.rank_of(shape, stats.taps)
         if self.common is None and self.is_plain(shape, len(x), rank):
-            return Solution.of(self._rounded(w.double()), w, stats, status_of(stats))
+            return Solution.of(self._rounded(w.double()), w, stats, status_of(stats), remark=WHOLE)
         if self.common is not None and self.common.dictionary is not None:
             second = self.common.dictionary
             d = second.dense().double().reshape(rank, len(x), -1).transpose(0, 1)

@@ -1,0 +1,195 @@
+"""Alternating least squares: one factor after another gets the values that lose least beside the others.
+
+The loss is the sum over rows of share_r d_r H d_rᵀ, d = w - the contraction of the factors, so with H the second moment
+of a layer's inputs it is the error of its outputs. A contraction is linear in each of its factors, so each of them is a
+least-squares problem; it is solved by conjugate gradients, the operator being a few contractions and one product with
+H, never a matrix of its own. Preconditioner: the Gram matrix of what the factor multiplies, over its ranks, times the
+part of H over its own columns. That is the exact inverse where all inputs are alike and independent, or where the
+factor has rows alone. Every step starts from what is there, so the loss never rises.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import prod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from featherweight._linalg import damped_cholesky
+from featherweight.methods.forms import Form
+
+INNER = 8  # steps of conjugate gradients for a factor
+NEAR = 1e-9  # of the first residual: no need to go on
+LARGE = 2**24  # entries of what a factor multiplies: more are not formed
+RIDGE = 1e-12  # of a preconditioner
+ROWS, COLS = "omnp", "ijkltyxc"
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """A form for w (rows, cols), float64. hessian: (cols, cols), None for the identity. share: (rows,), above 0, what a
+    row's error counts, None for 1. penalty: times the squares of all factors, added to the loss."""
+
+    form: Form
+    w: Tensor
+    hessian: Tensor | None = None
+    share: Tensor | None = None
+    penalty: float = 0.0
+
+    def matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What the factors give, (rows, cols)."""
+        return contracted(list(zip(self.form.terms, tensors, strict=True)), self.form.axes).reshape(self.w.shape)
+
+    def weighed(self, d: Tensor) -> Tensor:
+        """share_r d_r H."""
+        d = d if self.share is None else d * self.share[:, None]
+        return d if self.hessian is None else d @ self.hessian
+
+    def loss(self, tensors: Sequence[Tensor]) -> float:
+        d = self.w - self.matrix(tensors)
+        return float((self.weighed(d) * d).sum()) + self.penalty * sum(float(t.square().sum()) for t in tensors)
+
+    def gradient(self, tensors: Sequence[Tensor], k: int, d: Tensor) -> Tensor:
+        """The adjoint of the contraction as a function of factor k: d (rows, cols) to the letters of its term."""
+        others = [(t, x) for n, (t, x) in enumerate(zip(self.form.terms, tensors, strict=True)) if n != k]
+        return contracted([(self.form.axes, d.reshape(self.form.modes)), *others], self.form.terms[k])
+
+
+def refined(
+    problem: Problem, tensors: Sequence[Tensor], sweeps: int, settled: float, free: Sequence[int] | None = None
+) -> tuple[list[Tensor], list[float]]:
+    """Better factors, and the loss at the start and after every sweep.
+
+    Args:
+        settled: share of the loss; a sweep that gains less is the last. free: positions of the factors that may change.
+    """
+    found, losses = list(tensors), [problem.loss(tensors)]
+    for _ in range(sweeps):
+        for k in range(len(found)) if free is None else free:
+            found[k] = step(problem, found, k)
+        losses.append(problem.loss(found))
+        if losses[-2] - losses[-1] <= settled * losses[-2]:
+            break
+    return found, losses
+
+
+def step(problem: Problem, tensors: Sequence[Tensor], k: int, iterations: int = INNER) -> Tensor:
+    """Factor k, moved towards its least-squares solution beside the others by conjugate gradients."""
+    at, solve = tensors[k], _preconditioner(problem, tensors, k)
+
+    def with_(x: Tensor) -> list[Tensor]:
+        return [*tensors[:k], x, *tensors[k + 1 :]]
+
+    def operator(x: Tensor) -> Tensor:
+        return problem.gradient(tensors, k, problem.weighed(problem.matrix(with_(x)))) + problem.penalty * x
+
+    missing = problem.weighed(problem.w - problem.matrix(tensors))
+    residual = problem.gradient(tensors, k, missing) - problem.penalty * at
+    z = solve(residual)
+    direction, energy = z, float((residual * z).sum())
+    start = energy
+    for _ in range(iterations):
+        if energy <= NEAR**2 * start or energy <= 0:
+            break
+        image = operator(direction)
+        curvature = float((direction * image).sum())
+        if curvature <= 0:
+            break
+        length = energy / curvature
+        at, residual = at + length * direction, residual - length * image
+        z = solve(residual)
+        before, energy = energy, float((residual * z).sum())
+        direction = z + energy / before * direction
+    return at
+
+
+def contracted(operands: Sequence[tuple[str, Tensor]], out: str) -> Tensor:
+    """The einsum of tensors, each with its letters, two at a time: first those whose product is small beside them."""
+    work = [t for _, t in operands]
+    sizes = {x: n for letters, t in operands for x, n in zip(letters, t.shape, strict=True)}
+    for a, b, equation in _plan(tuple(letters for letters, _ in operands), tuple(sorted(sizes.items())), out):
+        made = torch.einsum(equation, work[a], work[b])
+        work = [t for n, t in enumerate(work) if n not in (a, b)] + [made]
+    return work[0].contiguous() if len(operands) > 1 else torch.einsum(f"{operands[0][0]}->{out}", work[0])
+
+
+@functools.cache
+def _plan(terms: tuple[str, ...], sizes: tuple[tuple[str, int], ...], out: str) -> list[tuple[int, int, str]]:
+    """Positions of what is contracted next, and how; what is made goes to the end."""
+    size, work, found = dict(sizes), list(terms), []
+    while len(work) > 1:
+        tried = []
+        for a, b in combinations(range(len(work)), 2):
+            later = set(out).union(*(letters for n, letters in enumerate(work) if n not in (a, b)))
+            made = "".join(dict.fromkeys(x for x in work[a] + work[b] if x in later)) if len(work) > 2 else out
+            tried.append((_entries(made, size) - _entries(work[a], size) - _entries(work[b], size), a, b, made))
+        _, a, b, made = min(tried)
+        found.append((a, b, f"{work[a]},{work[b]}->{made}"))
+        work = [x for n, x in enumerate(work) if n not in (a, b)] + [made]
+    return found
+
+
+def _entries(letters: str, size: dict[str, int]) -> int:
+    return prod(size[x] for x in letters)
+
+
+def marginal(hessian: Tensor, cols: str, sizes: Sequence[int], own: str) -> Tensor:
+    """The mean over all other columns' letters of the Hessian between two entries of the letters `own`, as a matrix."""
+    second = "".join(x.upper() if x in own else x for x in cols)
+    part = torch.einsum(f"{cols}{second}->{own}{own.upper()}", hessian.reshape([*sizes, *sizes]))
+    size = prod(n for x, n in zip(cols, sizes, strict=True) if x in own)
+    return part.reshape(size, size) / (len(hessian) // size)
+
+
+def _preconditioner(problem: Problem, tensors: Sequence[Tensor], k: int) -> Callable[[Tensor], Tensor]:
+    """Nearly the inverse of `step`'s operator: a solve for each part that the factor's letters fall into."""
+    form, term = problem.form, problem.form.terms[k]
+    cols = "".join(x for x in form.axes if x in term and x in COLS)
+    others = [(t, x) for n, (t, x) in enumerate(zip(form.terms, tensors, strict=True)) if n != k]
+    parts = []
+    for apart in _apart(others, form.axes):
+        bonds = "".join(x for x in term if x not in form.axes and any(x in t for t, _ in apart))
+        gram = _gram(problem, apart, bonds, whole=not cols)
+        gram.diagonal().add_(problem.penalty)
+        parts.append((bonds, damped_cholesky(gram, RIDGE)[1]))
+    if cols and problem.hessian is not None:
+        letters = "".join(x for x in form.axes if x in COLS)
+        part = marginal(problem.hessian, letters, [form.sizes[x] for x in letters], cols)
+        parts.append((cols, damped_cholesky(part, RIDGE)[1]))
+
+    def solve(x: Tensor) -> Tensor:
+        for own, factor in parts:
+            order = own + "".join(a for a in term if a not in own)
+            flat = torch.einsum(f"{term}->{order}", x).reshape(len(factor), -1)
+            solved = torch.cholesky_solve(flat, factor).reshape([form.sizes[a] for a in order])
+            x = torch.einsum(f"{order}->{term}", solved)
+        return x
+
+    return solve
+
+
+def _apart(terms: Sequence[tuple[str, Tensor]], axes: str) -> list[list[tuple[str, Tensor]]]:
+    """Terms that have no rank in common, in lists of their own: their Gram matrix is a Kronecker product."""
+    found: list[list[tuple[str, Tensor]]] = []
+    for term in terms:
+        ranks = set(term[0]) - set(axes)
+        joined = [part for part in found if any(ranks & set(letters) for letters, _ in part)]
+        found = [p for p in found if not any(p is q for q in joined)] + [[*(t for p in joined for t in p), term]]
+    return found
+
+
+def _gram(problem: Problem, terms: Sequence[tuple[str, Tensor]], bonds: str, whole: bool) -> Tensor:
+    """Inner products over all but the ranks. whole: in the metric of the Hessian, where the terms have all columns."""
+    form = problem.form
+    rest = "".join(x for x in form.axes if any(x in t for t, _ in terms))
+    count = prod(form.sizes[x] for x in bonds)
+    complete = all(x in rest for x in form.axes if x in COLS)
+    if whole and complete and problem.hessian is not None and count * prod(form.sizes[x] for x in rest) <= LARGE:
+        made = contracted(terms, bonds + rest).reshape(count, -1, len(problem.hessian))
+        return (made @ problem.hessian).reshape(count, -1) @ made.reshape(count, -1).T
+    copies = [("".join(x if x in form.axes else x.upper() for x in t), v) for t, v in terms]
+    return contracted([*terms, *copies], bonds + bonds.upper()).reshape(count, count)
