@@ -209,7 +209,7 @@ def facts() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     known = {"commit": commit, "processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     missing = [] if "onnxruntime" in runtimes() else ["onnxruntime was not installed"]
-    return known | {"threads": THREADS, "torch": torch.__version__, "seed": 0} | {m: "" for m in missing}
+    return known | {"threads": THREADS, "torch": torch.__version__, "seed": 0} | dict.fromkeys(missing, "")
 
 
 def main() -> int:

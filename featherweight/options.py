@@ -21,10 +21,12 @@ InputShape = Annotated[
 Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills the network")]
 Method = Annotated[
     str | None,
-    typer.Option(help="of all weights: rtn, gptq, obq; additive; magnitude, obs, admm; or factors (see --keep)"),
+    typer.Option(
+        help="of all weights: rtn, gptq, obq; additive; magnitude, obs, admm; dictionary; or factors (see --keep)"
+    ),
 ]
 Bits = Annotated[float | None, typer.Option(help="1 to 8; of additive codes bits a weight, such as 2 or 2.33")]
-Share = Annotated[str | None, typer.Option(help="who shares books of additive codes: network, stage or layer")]
+Share = Annotated[str | None, typer.Option(help="who shares books or dictionaries: network, stage or layer")]
 Vector = Annotated[
     int | None, typer.Option(help="weights in a vector of additive codes (default: what suits the size)")
 ]
@@ -33,10 +35,12 @@ Quantizer = Annotated[str | None, typer.Option(help="of what a pruner leaves: gp
 Keep = Annotated[
     float | None,
     typer.Option(
-        help="numbers that factors keep, 0 to 1; methods lowrank, spatial, tucker, tt, tr, cp, factors (best)"
+        help="numbers that factors keep, 0 to 1; methods lowrank, spatial, tucker, tt, tr, cp, factors, dictionary"
     ),
 ]
 Ranks = Annotated[str | None, typer.Option(help="of factors, without --keep: vbmf, those that stand out from noise")]
+Error = Annotated[float | None, typer.Option(help="of dictionary pairs: relative error of a weight, such as 0.1")]
+Block = Annotated[int | None, typer.Option(help="of dictionary pairs: input channels that have a dictionary (0: all)")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the weights to remove, 0 to 1")]
 Pattern = Annotated[str | None, typer.Option(help="what is removed together: 2:4 (any N:M), blocks:4, rows, channels")]
 Group = Annotated[int | None, typer.Option(help="columns that share a scale (default: a whole row; 0: the matrix)")]

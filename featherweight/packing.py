@@ -13,8 +13,8 @@ from featherweight.artifact.schema import is_foldable
 from featherweight.artifact.write import to_bytes
 from featherweight.errors import UsageError
 from featherweight.layers import Scan
-from featherweight.methods import Method, Solution
-from featherweight.sharing import book_bytes
+from featherweight.methods import DictionaryPairs, Factorize, Method, Solution
+from featherweight.sharing import book_bytes, dictionary_bytes
 from featherweight.weights.base import float_type
 
 PACKED, RATIO = 350, 5  # bytes of a table of contents that is packed, and how much smaller the rest of it becomes
@@ -111,10 +111,13 @@ def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method], wan
     rest = {n: t for n, t in artifact.rest.items() if n not in names}
     other = len(to_bytes(replace(artifact, rest=rest)))
     payload = sum(methods[u.name].storage(u.view.matrix_shape, u.taps, u.groups) for u in found.units)
+    payload += dictionary_bytes(methods)
     header = sum(150 + sum(len(n) + 4 for n in u.names) + 5 * len(u.view.shape) for u in found.units)
     labels = sum(len(label) + 5 for label in {m.label for m in methods.values()})
     header += 75 * sum(bits > 0 for bits in wanted.values())
-    if (books := book_bytes(methods)) == 0:
+    if (books := book_bytes(methods)) == 0 and not any(
+        isinstance(m, DictionaryPairs | Factorize) for m in methods.values()
+    ):
         return other + payload + header + labels + 200
     own = other - sum(
         t.numel() * t.element_size() for t in [*rest.values(), *(t for n in artifact.norms for t in (n.scale, n.shift))]

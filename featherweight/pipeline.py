@@ -35,7 +35,7 @@ from featherweight.pull import admm as train_in
 from featherweight.recipe import Recipe, assign, input_bits, overridden, settled, without_data
 from featherweight.repair import Repair, repair
 from featherweight.report import Report, rows_of
-from featherweight.sharing import fitted
+from featherweight.sharing import arranged, fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats
 from featherweight.synthesis import Assumed, assume, samples_of
@@ -361,7 +361,7 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
     """
     found = scan(net, recipe.include, recipe.exclude)
     if goal is None:
-        methods = assign(recipe, found)
+        methods = arranged(net, found.units, assign(recipe, found))
         methods = methods if with_data else {name: without_data(m) for name, m in methods.items()}
         predicted_bytes(net, found, methods, input_bits(recipe, found))  # refuses what no file can hold
         return found, methods

@@ -17,6 +17,7 @@ from featherweight.methods import (
     Admm,
     Blocks,
     Channels,
+    DictionaryPairs,
     Factorize,
     Gptq,
     GridSpec,
@@ -40,7 +41,9 @@ PRUNERS: dict[str, type[Magnitude] | type[Obs] | type[Admm]] = {"magnitude": Mag
 FACTORS = {"lowrank": "lowrank", "factors": "best"} | {x: x for x in ("spatial", "tucker", "tt", "tr", "cp")}
 _ADDITIVE = ("share", "vector", "books")
 _FACTORS = ("keep", "ranks")
-SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer", *_ADDITIVE, *_FACTORS)
+_PAIRS = ("error", "block")
+_APART = (*_ADDITIVE, *_FACTORS, *_PAIRS)
+SETTINGS = ("method", "bits", "sparsity", "pattern", "group", "symmetric", "damp", "quantizer", *_APART)
 FINE = GridSpec(8, symmetric=True)
 SHARE = 0.01  # of the bytes of all weights with books, for grids of 8 bits in place of vectors
 SHARES = ("network", "stage", "layer")
@@ -88,12 +91,13 @@ def _check_activations(bits: Any) -> None:
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
-    """The method that settings name: `method` (rtn, gptq, obq, additive, magnitude, obs, admm, or a form of factors),
-    `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any weights),
-    `group`, `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes with; of
-    additive quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books` (words
-    that are added up); of factors (lowrank, spatial, tucker, tt, tr, cp, or factors for the best of several) `keep`,
-    the share of the numbers that is left, or `ranks`, vbmf, and with `bits` they are on grids. A sparsity or pattern
+    """The method that settings name: `method` (rtn, gptq, obq, additive, magnitude, obs, admm, dictionary, or a form of
+    factors), `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any
+    weights), `group`, `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes
+    with; of additive quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books`
+    (words that are added up); of factors (lowrank, spatial, tucker, tt, tr, cp, or factors for the best of several)
+    `keep`, the share of the numbers that is left, or `ranks`, vbmf, and with `bits` they are on grids; of dictionary
+    pairs `keep` or `error`, `block` (input channels), `bits`, and `share` (the dictionaries). A sparsity or pattern
     without a method means the better of ExactOBS and ADMM, or ADMM alone for layers where the first would take long. No
     setting at all means OBQ at 4 bits; grids of 8 bits are symmetric unless `symmetric` says otherwise.
 
@@ -113,9 +117,13 @@ def method_of(settings: Mapping[str, Any]) -> Method:
         raise UsageError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTINGS)}")
     by_cost = "method" not in given and ("sparsity" in given or "pattern" in given)
     name = given.pop("method", "obs" if "sparsity" in given or "pattern" in given else "obq")
-    if name not in (*QUANTIZERS, *PRUNERS, *FACTORS, "additive"):
-        known = ", ".join((*QUANTIZERS, "additive", *PRUNERS, *FACTORS))
+    if name not in (*QUANTIZERS, *PRUNERS, *FACTORS, "additive", "dictionary"):
+        known = ", ".join((*QUANTIZERS, "additive", *PRUNERS, "dictionary", *FACTORS))
         raise UsageError(f"unknown method {name!r}; expected one of {known}")
+    if name == "dictionary":
+        pairs = _pairs(given)
+        _nothing_left(given, name)
+        return pairs
     damp: dict[str, Any] = {"damp": _number(given.pop("damp"), "damp")} if "damp" in given else {}
     if name in ("rtn", "magnitude") and damp:
         raise UsageError(f"method '{name}' has no setting 'damp'")
@@ -162,6 +170,17 @@ def _additive(given: dict[str, Any], damp: dict[str, Any]) -> Additive:
     if abs(total - rate * length) > 0.05 or total < count:
         raise UsageError(f"{count} books for vectors of {length} weights cannot have {rate:g} bits a weight")
     return Additive(Vectors(length, tuple((total + m) // count for m in range(count))), share, **damp)
+
+
+def _pairs(given: dict[str, Any]) -> DictionaryPairs:
+    """From `keep` or `error` and, where given, `bits` of the factors, `block` and `share`."""
+    if len({"keep", "error"} & set(given)) != 1:
+        raise UsageError("method 'dictionary' needs a share of the numbers or an error: --keep 0.5, or --error 0.1")
+    keep, error = (_number(given.pop(k), k) if k in given else None for k in ("keep", "error"))
+    grid = _grid(given, needed=False, method="dictionary")
+    if (share := given.pop("share", "network")) not in SHARES:
+        raise UsageError(f"share must be one of {', '.join(SHARES)}, got {share!r}")
+    return DictionaryPairs(keep, error, grid=grid, block=given.pop("block", 0), share=share)
 
 
 def _factors(given: dict[str, Any], name: str, damp: dict[str, Any]) -> Factorize:

@@ -13,7 +13,7 @@ from featherweight.data import Batch, stacked
 from featherweight.database import Database
 from featherweight.errors import SolveError, UsageError
 from featherweight.layers import Unit
-from featherweight.methods import Factorize, Magnitude, Method, Plain, Rtn, Solution, Status
+from featherweight.methods import DictionaryPairs, Factorize, Magnitude, Method, Plain, Rtn, Solution, Status
 from featherweight.sequential import single_use, solve_in_order
 from featherweight.stats import LayerStats
 
@@ -54,7 +54,9 @@ class Work:
 
 def needs_inputs(method: Method) -> bool:
     """Whether a method looks at the inputs of a layer at all."""
-    return method.whiten if isinstance(method, Factorize) else not isinstance(method, Rtn | Magnitude | Plain)
+    if isinstance(method, Factorize):
+        return method.whiten
+    return not isinstance(method, Rtn | Magnitude | Plain | DictionaryPairs)
 
 
 @final

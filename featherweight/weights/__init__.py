@@ -34,15 +34,28 @@ def shared_factors(weight: Weight) -> tuple[Factor, ...]:
 
 
 def united(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The same weights, books of equal contents being the same tensors."""
+    """The same weights, books of equal contents being the same tensors, shared factors the same objects."""
     known: dict[tuple[object, ...], Tensor] = {}
+    factors: dict[tuple[object, ...], Factor] = {}
 
     def same(inner: Codebook) -> Codebook:
         keys = [(tuple(b.shape), b.dtype, b.contiguous().numpy().tobytes()) for b in inner.books]
         return replace(inner, books=tuple(known.setdefault(k, b) for k, b in zip(keys, inner.books, strict=True)))
 
+    def one(part: Factor) -> Factor:
+        key = (
+            part.shape,
+            part.kind,
+            str(part.meta()),
+            *(t.contiguous().numpy().tobytes() for t in part.tensors().values()),
+        )
+        return factors.setdefault(key, part)
+
     def put(weight: Weight) -> Weight:
         match weight:
+            case Factors(shared=(_, *_)):
+                parts = tuple(one(p) if k in weight.shared else p for k, p in enumerate(weight.parts))
+                return replace(weight, parts=parts)
             case Codebook():
                 return same(weight)
             case Sparse(values=Codebook() as inner):

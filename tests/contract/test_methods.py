@@ -14,6 +14,7 @@ from featherweight.methods import (
     Admm,
     Blocks,
     Channels,
+    DictionaryPairs,
     Gptq,
     GridSpec,
     Magnitude,
@@ -69,6 +70,9 @@ METHODS = [
     PruneQuantize(Obs(Rows(0.5)), Obq(GridSpec(3))),
     Prune(NM(2, 4)),
     PruneQuantize(Prune(Blocks(0.5, 2)), Gptq(GridSpec(4))),
+    DictionaryPairs(keep=0.5),
+    DictionaryPairs(keep=0.6, block=2, grid=GridSpec(8, True)),
+    DictionaryPairs(keep=0.5, grid=GridSpec(4, group=3)),
 ]
 
 
