@@ -10,7 +10,6 @@ residuals. With --state a run that was stopped goes on. --smoke takes 256 images
 """
 
 import argparse
-import importlib
 import json
 import time
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch.utils.data import Dataset, TensorDataset
 import featherweight as fw
 from bench.allocate import zoo
 from featherweight.artifact import Artifact, fill
-from featherweight.data import batches
+from featherweight.counting import dense_macs, macs_of, places, single
+from featherweight.data import Batch, batches
 from featherweight.metrics import accuracy
 from featherweight.picture import save_residuals
 from featherweight.recipe import assign, recipe_of
@@ -65,22 +65,17 @@ def top1(net: nn.Module, test: Any) -> float:
     return round(accuracy(net, test)["top1"], 2)
 
 
-def macs(artifact: Artifact, net: nn.Module, batch: Any) -> float | None:
-    """Multiply-adds of the dense weights of the file over those of its own, where they can be counted."""
-    try:
-        counting = importlib.import_module("featherweight.counting")
-    except ModuleNotFoundError:
-        return None
+def macs(artifact: Artifact, net: nn.Module, batch: Batch) -> float:
+    """Multiply-adds of the dense weights over those of the file's, factors as a chain of layers."""
     units = fw.scan(net).units
-    calls = counting.places(net, counting.single(batch), [u.name.rpartition(".")[0] for u in units])
+    calls = places(net, single(batch), [u.name.rpartition(".")[0] for u in units])
     stored = {u.names[0]: u.weight for u in artifact.units}
     dense = own = 0
     for unit in units:
         there = calls[unit.name.rpartition(".")[0]]
-        whole = counting.dense_macs(unit.view, unit.kind, there)
+        whole = dense_macs(unit.view, unit.kind, there)
         dense += whole
-        known = unit.name in stored
-        own += counting.macs_of(stored[unit.name], unit.view, unit.kind, there) if known else whole
+        own += macs_of(stored[unit.name], unit.view, unit.kind, there) if unit.name in stored else whole
     return round(dense / own, 3)
 
 
@@ -159,9 +154,14 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows.append("|---|---|---|--:|--:|--:|--:|--:|--:|")
     for x in lines:
         epochs = " + ".join(str(n) for n in x["epochs"] if n)
-        fewer = "-" if x["macs"] is None else f"{x['macs']:.2f}x fewer"
         trained = f"{x['trained']:.2f}" if "trained" in x else f"({x['before']:.2f})"
-        cells = [f"{x['form']} {x['keep']:g}", x["way"], epochs, f"{x['numbers']:.2f}x fewer", fewer]
+        cells = [
+            f"{x['form']} {x['keep']:g}",
+            x["way"],
+            epochs,
+            f"{x['numbers']:.2f}x fewer",
+            f"{x['macs']:.2f}x fewer",
+        ]
         cells += [f"{x['file_bytes']:,}", trained, f"{x['decomposed']:.2f}", f"{x['tuned']:.2f}"]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

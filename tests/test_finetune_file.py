@@ -210,7 +210,7 @@ def two_processes(*command: object) -> list[tuple[str, str]]:
         )
         for rank in (0, 1)
     ]
-    done = [process.communicate(timeout=120) for process in started]
+    done = [process.communicate(timeout=300) for process in started]
     assert [p.returncode for p in started] == [0, 0], done
     return done
 

@@ -18,6 +18,7 @@ from featherweight.layers import scan
 from featherweight.methods import (
     NM,
     Blocks,
+    Factorize,
     GridSpec,
     Magnitude,
     Obs,
@@ -184,7 +185,7 @@ def test_what_cannot_be_pulled_is_refused():
     net = tiny()
     with pytest.raises(UsageError, match=r"there is no weight 'conv9\.weight'"):
         Pull(net, {"conv9.weight": Low(1)})
-    with pytest.raises(UsageError, match="no weight is given a method"):
+    with pytest.raises(UsageError, match="no weight is given a form"):
         Pull(net, {})
     with pytest.raises(UsageError, match=r"call update\(\) before"):
         Pull(net, Low(1)).penalty()
@@ -230,6 +231,19 @@ def test_nearest_points_of_patterns_grids_and_ranks():
     torch.testing.assert_close(nearest(unit, Low(3), w).double(), low, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["rows", "spatial", "tucker", "tt", "tr", "cp"])
+def test_factors_are_a_form_and_what_has_none_is_left_alone(form):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv2d(12, 12, 3, groups=12))
+    pull = Pull(net, Factorize(form, 0.4))
+    assert [u.name for u in pull.units] == ["0.weight"], "the other has groups"
+    first = pull.update()["0.weight"].primal
+    with torch.no_grad():
+        net[0].weight.copy_(pull.z["0.weight"])
+    again = Pull(net, Factorize(form, 0.4))
+    assert again.update()["0.weight"].primal < 0.05 < first, "a point of the form is near itself"
+
+
 def test_inputs_count_where_they_are_given():
     net = line(6, 8).float()
     (unit,) = scan(net).units
@@ -237,8 +251,9 @@ def test_inputs_count_where_they_are_given():
     stats = fw.capture(net, batches(x), [unit])
     blind, seeing = Pull(net, Obs(NM(1, 8))), Pull(net, Obs(NM(1, 8)), stats=stats)
     blind.update(), seeing.update()
-    assert bool((seeing.z["weight"][:, 0] != 0).all())
-    assert not bool((blind.z["weight"][:, 0] != 0).all())
+    lost = [((net.weight.detach() - pull.z["weight"]) @ x.T).norm() for pull in (seeing, blind)]
+    assert lost[0] < 0.5 * lost[1]
+    assert (net.weight - seeing.z["weight"]).norm() > (net.weight - blind.z["weight"]).norm()
 
 
 def test_books_that_weights_share_are_fitted_to_all_of_them():
@@ -251,10 +266,12 @@ def test_books_that_weights_share_are_fitted_to_all_of_them():
 
 
 # ---------------------------------------------------------------- the loop
-HOW = AdmmTraining(images(64), 6, rho=20.0, learning_rate=4e-3, batch_size=16)
+HOW = AdmmTraining(images(64), 12, rho=20.0, learning_rate=5e-3, batch_size=8)
 
 
-@pytest.mark.parametrize("method", [Magnitude(NM(1, 4)), Rtn(GridSpec(2)), Low(3)], ids=lambda m: m.label)
+@pytest.mark.parametrize(
+    "method", [Magnitude(NM(1, 4)), Rtn(GridSpec(2)), Factorize("rows", 0.4)], ids=lambda m: m.label
+)
 def test_residuals_fall_and_less_is_lost(method):
     dense, samples = tiny(), batches(images(64), 32)
     by_name = {"conv1.weight": method, "fc.weight": method}
@@ -295,7 +312,7 @@ def test_labels_and_losses_of_ones_own_count_and_networks_of_other_kinds_train()
 @pytest.mark.parametrize("steps", [4, 6])
 def test_a_run_that_was_stopped_gives_the_same_bits(tmp_path, monkeypatch, steps):
     monkeypatch.setattr(import_module("featherweight.finetune.loop"), "OFTEN", 0.0)
-    how = replace(HOW, epochs=3, growth=1.2)
+    how = replace(HOW, epochs=3, growth=1.2, batch_size=16)
     straight, log = fw.admm(tiny(), Magnitude(NM(1, 4)), how)
     how = replace(how, checkpoint=tmp_path / "state")
     with pytest.raises(Stop):
@@ -327,6 +344,10 @@ from torch.nn.parallel import DistributedDataParallel
 import featherweight as fw
 from featherweight.methods import NM, Magnitude
 from tests.nets import images, tiny
+class Failing:
+    label = "failing"
+    def solve(self, w, stats):
+        raise fw.SolveError("no")
 rank = torch.distributed.get_rank()
 net, log = fw.admm(tiny(), Magnitude(NM(1, 4)), fw.AdmmTraining(images(60), 2, 20.0, batch_size=8))
 own = tiny()
@@ -339,9 +360,9 @@ for _ in range(2):
     (torch.nn.functional.cross_entropy(wrapped(x[rank::2]), y[rank::2]) + pull.penalty()).backward()
     optimizer.step()
 try:
-    fw.Pull(own, {"conv2.weight": Magnitude(NM(1, 4)), "fc.weight": None}).update()
-except Exception as error:
-    print(type(error).__name__)
+    fw.Pull(own, {"conv2.weight": Magnitude(NM(1, 4)), "fc.weight": Failing()}).update()
+except fw.SolveError as error:
+    print(error)
 torch.save([net.state_dict(), log.primal, own.state_dict(), pull.z], sys.argv[1 + rank])
 torch.distributed.destroy_process_group()
 """
@@ -349,7 +370,9 @@ torch.distributed.destroy_process_group()
 
 def test_two_processes_agree_and_do_what_one_does(tmp_path):
     paths = tmp_path / "0", tmp_path / "1"
-    two_processes("-c", TWO, *paths)
+    (said, _), (why, _) = two_processes("-c", TWO, *paths)
+    assert "process 1 found no nearest point" in said
+    assert "fc.weight: no" in why
     first, second = (torch.load(p) for p in paths)
     for a, b in ((first[0], second[0]), (first[2], second[2]), (first[3], second[3])):
         assert all(torch.equal(a[n], b[n]) for n in a)
@@ -391,10 +414,12 @@ def test_compress_trains_and_finetunes_towards_the_network_given():
 
 
 def test_a_target_chooses_first():
-    small = fw.compress(tiny(), images(64), target=fw.Goal("4x", measurements=2), admm=replace(HOW, epochs=1))
+    small = fw.compress(
+        tiny(), images(64), target=fw.Goal("2x", among="quantize", measurements=1), admm=replace(HOW, epochs=1)
+    )
     assert small.report.allocation is not None
     assert set(small.report.pulled.primal) == {c.name for c in small.report.allocation.chosen}
-    assert small.report.ratio >= 4
+    assert small.report.ratio >= 2
 
 
 def test_the_command(tmp_path, run):

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.layers import Unit
-from featherweight.methods import Admm, Magnitude, Method, Obs, Prune, PruneQuantize
+from featherweight.methods import Admm, Factorize, Magnitude, Method, Obs, Prune, PruneQuantize
 from featherweight.methods.additive import additive_of
 from featherweight.sharing import fitted
 from featherweight.stats import LayerStats
 
 
 def projector(method: Method) -> Method:
-    """The cheapest method with the same answer where all inputs count alike: pruners keep the largest weights."""
+    """The cheapest method with the same answer where all inputs count alike: pruners keep the largest weights, factors
+    need no refinement."""
     match method:
+        case Factorize():
+            return replace(method, whiten=False)
         case Obs() | Admm() | Prune():
             return Magnitude(method.pattern)
         case PruneQuantize(prune=Obs() | Admm() | Prune() as prune):

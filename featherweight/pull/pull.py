@@ -29,7 +29,7 @@ from featherweight.data import device_of
 from featherweight.errors import FeatherweightError, SolveError, UsageError
 from featherweight.finetune.ranks import Ranks
 from featherweight.layers import Unit, scan
-from featherweight.methods import Method
+from featherweight.methods import Method, Plain
 from featherweight.pull.nearest import nearest, with_books
 from featherweight.pull.settings import GROWTH, RHO, STEP, check_rho
 from featherweight.recipe import Recipe, assign
@@ -180,20 +180,21 @@ class Pull:
 
     def _nearest(self, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of every weight the nearest point, equal in all processes: each finds those of its share."""
-        ranks, found, failed = Ranks.now(), {}, ""
+        ranks, found, cause = Ranks.now(), {}, None
         methods = with_books(self.model, self.units, self.methods, wanted)
         for i, unit in enumerate(self.units):
             stats = None if self.stats is None else self.stats.get(unit.name)
             found[unit.name] = torch.empty_like(wanted[unit.name])
-            if i % ranks.count == ranks.own and not failed:
+            if i % ranks.count == ranks.own and cause is None:
                 try:
                     found[unit.name] = nearest(unit, methods[unit.name], wanted[unit.name], stats)
-                except FeatherweightError as error:
-                    failed = f"{unit.name}: {error}"
-        if ranks.count > 1:
-            failed = _common(failed, ranks, device_of(self.model))
-        if failed:
-            raise SolveError(failed)
+                except Exception as error:  # whatever it is, the other processes wait for this one
+                    cause = SolveError(f"{unit.name}: {error}") if isinstance(error, FeatherweightError) else error
+        elsewhere = _failed(cause is not None, ranks, device_of(self.model))
+        if cause is not None:
+            raise cause
+        if elsewhere:
+            raise SolveError(f"process {elsewhere[0]} found no nearest point for a weight of its share")
         if ranks.count > 1:
             for i, unit in enumerate(self.units):
                 dist.broadcast(found[unit.name], i % ranks.count)
@@ -214,15 +215,16 @@ def _chosen(
     if not isinstance(methods, Mapping):
         recipe = methods if isinstance(methods, Recipe) else Recipe(methods)
         found = scan(model, recipe.include, recipe.exclude)
-        return found.units, assign(recipe, found)
-    every, by_name = scan(model).units, dict(methods)
-    units = tuple(u for u in every if u.name in by_name)
-    unknown = sorted(set(by_name) - {u.name for u in units})
+        every, by_name = found.units, assign(recipe, found)
+    else:
+        every, by_name = scan(model).units, dict(methods)
+    unknown = sorted(set(by_name) - {u.name for u in every})
+    units = tuple(u for u in every if not isinstance(by_name.get(u.name, Plain()), Plain))  # plain: as it is
     if unknown or not units:
         some = ", ".join(u.name for u in every[:3])
-        what = f"there is no weight '{unknown[0]}' that can be compressed" if unknown else "no weight is given a method"
+        what = f"there is no weight '{unknown[0]}' that can be compressed" if unknown else "no weight is given a form"
         raise UsageError(f"{what}; the network has {len(every)} ({some}, ...)")
-    return units, by_name
+    return units, {u.name: by_name[u.name] for u in units}
 
 
 def _size(weight: Tensor) -> float:
@@ -235,10 +237,11 @@ def _residual(w: Tensor, z: Tensor, old: Tensor) -> Residual:
     return Residual(float((w - z).double().norm()) / size, float((z - old).double().norm()) / size)
 
 
-def _common(failed: str, ranks: Ranks, device: torch.device) -> str:
-    """Why some process failed, on all of them."""
+def _failed(own: bool, ranks: Ranks, device: torch.device) -> list[int]:
+    """The processes that did."""
+    if ranks.count == 1:
+        return [0] * own
     flags = torch.zeros(ranks.count, device=device)
-    flags[ranks.own] = float(bool(failed))
+    flags[ranks.own] = float(own)
     dist.all_reduce(flags)
-    where = [i for i, flag in enumerate(flags.tolist()) if flag]
-    return failed or (f"process {where[0]} found no nearest point for a weight of its share" if where else "")
+    return [i for i, flag in enumerate(flags.tolist()) if flag]
