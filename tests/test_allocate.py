@@ -105,7 +105,7 @@ def test_several_targets_hold_together():
 
 
 def test_without_data_weights_alone_decide():
-    small = fw.compress(words(), target="6x")
+    small = fw.compress(words(), target="50%")
     found = small.report.allocation
     assert small.report.file_bytes <= found.limits["bytes"]
     assert {r.method.split()[0] for r in small.report.rows} <= {"rtn", "magnitude"}
@@ -294,7 +294,7 @@ def test_scores_that_cannot_be_had():
     with pytest.raises(UsageError, match="one class label a sample"):
         fw.compress(tiny(), unlabelled, target=goal(1700, score="labels"))
     with pytest.raises(UsageError, match="needs data"):
-        fw.compress(words(), target=Goal("4x", score="measured"))
+        fw.compress(words(), target=Goal("50%", score="measured"))
     x, y = images().tensors
     with pytest.raises(UsageError, match="labels from 0 to"):
         fw.compress(tiny(), TensorDataset(x, y - 100), target=goal(1700, score="labels"))

@@ -164,7 +164,7 @@ def test_inputs_of_no_data_serve_all_that_looks_at_inputs():
 
 
 def test_the_weights_alone_decide_where_no_inputs_can_be_made():
-    for how in ({"method": fw.Gptq(fw.GridSpec(4))}, {"target": "4x"}):
+    for how in ({"method": fw.Gptq(fw.GridSpec(4))}, {"target": "50%"}):
         report = fw.compress(words(), **how).report
         assert report.assumed.kind == "weights"
         assert "no BatchNorm" in report.assumed.text
@@ -174,7 +174,7 @@ def test_the_weights_alone_decide_where_no_inputs_can_be_made():
         fw.compress(words(), recipe=fw.Recipe(fw.Rtn(fw.GridSpec(8)), activations=8))
 
 
-def test_a_network_whose_statistics_are_nan_is_compressed_by_its_weights(monkeypatch):
+def test_a_network_whose_statistics_are_nan_is_compressed_by_its_weights():
     broken = tiny()
     broken.bn2.running_var[0] = float("nan")
     report = fw.compress(broken, method=fw.Gptq(fw.GridSpec(4))).report
@@ -199,7 +199,7 @@ def test_a_shape_beside_data_or_one_that_does_not_fit_is_refused():
 def test_plan_says_what_would_be_assumed():
     found = fw.plan(tiny()).assumed
     assert (found.kind, found.shape, found.mismatch) == ("synthetic", (3, 32, 32), None)
-    planned = fw.plan(tiny(), input_shape=(3, 8, 8), target=fw.Goal("4x", among="quantize", measurements=1))
+    planned = fw.plan(tiny(), input_shape=(3, 8, 8), target=fw.Goal("60%", among="quantize", measurements=1))
     assert planned.assumed.mismatch < planned.assumed.noise
 
 
@@ -215,7 +215,7 @@ def test_the_command_line_without_data(run, tmp_path):
     assert found["assumed"]["shape"] == [1, 8, 8]
     assert found["after"]["top1"] > 97
     assert "as given" in found["notes"][0]
-    code, out, _ = run("plan", f"{NETS}:words", "--target", "4x")
+    code, out, _ = run("plan", f"{NETS}:words", "--target", "50%")
     assert code == 0
     assert "no BatchNorm" in out
     for wrong, said in (("3,x", "an input shape is"), ("3,8,8", "does not run on inputs")):
