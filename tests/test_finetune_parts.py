@@ -20,7 +20,7 @@ from featherweight.finetune.variables import Variables, continuous, mapped
 from featherweight.layers import scan
 from featherweight.methods import Gptq, GridSpec, Obs, PruneQuantize, Unstructured
 from featherweight.repair.distance import output_distance
-from featherweight.weights import Codebook, Dense, Grid, Sparse
+from featherweight.weights import Codebook, Dense, Factors, Grid, Sparse
 from tests.nets import images, tiny
 
 
@@ -141,6 +141,18 @@ def test_kept_values_move_faster_than_scales():
         (variable,) = Variables.of(net, [unit], {unit.name: weight}).inner.values()
         paces.append(variable.pace)
     assert paces[0] > paces[1]
+
+
+def test_factors_move_like_kept_values_and_their_scales_like_scales():
+    """A factor has far fewer numbers than the matrix, but each of them stands for itself."""
+    net = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    (unit,) = scan(net).units
+    grid = Grid(torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 1), None, 2, 64)
+    sizes = {"o": 64, "r": 1, "c": 64}
+    weight = Factors((64, 64), "oc", ("or", "rc"), sizes, (Dense(torch.ones(64, 1)), grid))
+    plain, scale = Variables.of(net, [unit], {unit.name: weight}).inner.values()
+    assert (plain.start.shape, scale.start.shape) == ((64, 1), (1, 1))
+    assert plain.pace == 10 * scale.pace
 
 
 def test_a_value_that_leaves_fp16_is_said():

@@ -87,15 +87,16 @@ class Variables:
         """Of a network with `weights` (by their units' first name) in place."""
         device = device_of(small)
         held: dict[int, Tensor] = {}
-        entries: dict[int, int] = {}  # of all matrices that a tensor is part of
+        entries: dict[int, int] = {}  # of all matrices, or factors, that a tensor is part of
         first: dict[int, str] = {}
         fixed: dict[int, Tensor] = {}
         for unit in units:
             weight = weights[unit.names[0]]
-            for tensor in continuous(weight):
-                held[id(tensor)] = tensor
-                first.setdefault(id(tensor), unit.names[0])
-                entries[id(tensor)] = entries.get(id(tensor), 0) + weight.shape[0] * weight.shape[1]
+            for part in weight.parts if isinstance(weight, Factors) else (weight,):
+                for tensor in continuous(part):
+                    held[id(tensor)] = tensor
+                    first.setdefault(id(tensor), unit.names[0])
+                    entries[id(tensor)] = entries.get(id(tensor), 0) + part.shape[0] * part.shape[1]
             mapped(weight, lambda t: fixed.setdefault(id(t), t.to(device)))
         inner = {}
         for key, tensor in held.items():
