@@ -116,7 +116,7 @@ def told(stage: str, done: int, total: int) -> None:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The two lines."""
     module = zoo(options.zoo)
-    dense, train = getattr(module, NETWORK)(), getattr(module, TRAIN)()
+    dense, train = getattr(module, NETWORK)(), getattr(module, CALIBRATION if options.smoke else TRAIN)()
     train = TensorDataset(*(t[:256] for t in train.tensors)) if options.smoke else train
     data = Augmented(train) if options.augment else train
     test = batches(getattr(module, TEST)(), 500)[: 1 if options.smoke else None]
