@@ -99,7 +99,7 @@ def errors(zoo: Path) -> str:
 
 def networks(zoo: Path, only: list[str] | None) -> None:
     """Sizes, numbers, multiplications and accuracies of files."""
-    head = "| network | settings | numbers, of all | of the compressed weights | MACs | file bytes | top-1 before | after |"
+    head = "| network | settings | numbers of all | of these weights | MACs | file bytes | top-1 before | after |"
     path = RESULTS / "factors-networks.md"
     for name in only or FILES:
         calibration, test, every = FILES[name]
