@@ -76,7 +76,10 @@ TUNED = {  # network: (calibration, test, training data, (target, epochs, other 
         "cifar100_calibration",
         "cifar100_test",
         "cifar100_train",
-        (("15.3x", 15, "--learning-rate 3e-3 --move-codes"), ("7.2x", 10, "--learning-rate 3e-3 --move-codes")),
+        (
+            ("15.3x", 15, "--learning-rate 3e-3 --move-codes"),
+            ("7.2x", 10, "--learning-rate 1e-3 --labels 0.1 --move-codes"),
+        ),
     ),
 }
 
@@ -382,7 +385,7 @@ def finetuned(zoo: Path, only: list[str] | None, folder: Path) -> None:
                 f"{done['top1']:.2f} | {tuned.stat().st_size:,} | {x['compress_s']:.0f} + {done['seconds']:.0f} s |"
             )
             print(row, flush=True)
-            keep_row("finetuned", head, row)
+            keep_row("finetuned", head, row, (1, 2, 7))
 
 
 def answer(command: list[str]) -> dict[str, Any]:
@@ -397,12 +400,14 @@ def once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(known.read_text())
 
 
-def keep_row(part: str, head: list[str], row: str) -> None:
-    """Put a line into a table, in place of the one with the same first two cells."""
+def keep_row(part: str, head: list[str], row: str, cells: tuple[int, ...] = (1, 2)) -> None:
+    """Put a line into a table, in place of the one with the same `cells`, counted from 1."""
     path = RESULTS / f"additive-{part}.md"
     kept = path.read_text().splitlines()[2:] if path.exists() else []
-    same = row.split("|")[1:3]
-    write_table(part, "\n".join([*head, *(r for r in kept if r.split("|")[1:3] != same), row]) + "\n")
+    write_table(
+        part,
+        "\n".join([*head, *(r for r in kept if any(r.split("|")[i] != row.split("|")[i] for i in cells)), row]) + "\n",
+    )
 
 
 def write_table(part: str, text: str) -> None:
