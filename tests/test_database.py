@@ -26,6 +26,7 @@ from featherweight.methods import (
     Magnitude,
     Obq,
     Obs,
+    Plain,
     Prune,
     PruneQuantize,
     Rtn,
@@ -105,9 +106,10 @@ def test_every_number_of_a_solution_comes_back_exactly(tmp_path):
     assert first.weight.meta() == second.weight.meta()
     assert all(torch.equal(t, second.weight.tensors()[n]) for n, t in first.weight.tensors().items())
     assert not second.padded
-    assert {f.name for f in fields(Solution)} == {"weight", "error", "relative_error", "status", "info", "padded"}, (
-        "a new field of Solution must be kept in the database, too"
-    )
+    known = {"weight", "error", "relative_error", "status", "info", "padded", "remark"}
+    assert {f.name for f in fields(Solution)} == known, "a new field of Solution must be kept in the database, too"
+    remarked = [Database.at(tmp_path).solve(Plain(why="because"), *problem())[0].note for _ in range(2)]
+    assert remarked == ["because"] * 2
     padded = [Database.at(tmp_path).solve(Magnitude(NM(2, 5)), *problem()) for _ in range(2)]
     assert [(s.padded, known) for s, known in padded] == [(True, False), (True, True)]
 

@@ -217,8 +217,9 @@ def _penalised(problem: Problem, start: list[Tensor], sweeps: int) -> list[Tenso
 
 
 def balanced(form: Form, tensors: Sequence[Tensor], by_row: bool = False) -> list[Tensor]:
-    """The same product with slices of equal norm in all factors that share a rank. by_row: all of it goes to the factor
-    whose rows the rank is, where there is one, and slices of the others have entries of one size."""
+    """The same product with slices of proportional norm in all factors that share a rank. by_row: all of it goes to the
+    factor whose rows the rank is, where there is one, and slices of the others have entries of one size. Entries of
+    different factors are of one size, as far as that goes."""
     found = list(tensors)
     for x in [a for a in form.sizes if a not in form.axes] * 2:  # a rank disturbs the balance of its neighbours
         users = [k for k, term in enumerate(form.terms) if x in term]
@@ -233,7 +234,10 @@ def balanced(form: Form, tensors: Sequence[Tensor], by_row: bool = False) -> lis
         for k, had, gets in zip(users, norms, wanted, strict=True):
             ratio = torch.where(alive, gets / had, 1.0)
             found[k] = torch.einsum(f"{form.terms[k]},{x}->{form.terms[k]}", found[k], ratio)
-    return found
+    sizes = torch.stack([t.square().mean().sqrt() for t in found])
+    if not sizes.all():
+        return found
+    return [t * ratio for t, ratio in zip(found, sizes.log().mean().exp() / sizes, strict=True)]
 
 
 def fp16(form: Form, tensors: Sequence[Tensor], scale: float = 1.0) -> list[Dense | Grid]:
