@@ -71,7 +71,7 @@ FILES = {
 
 
 TUNED = {  # network: (calibration, test, training data, (target, epochs, other settings of `finetune`) ...)
-    "resnet20_cifar10": (CALIBRATION, TEST, "cifar10_train10k", (("71kB", 5, "--learning-rate 3e-3"),)),
+    "resnet20_cifar10": (CALIBRATION, TEST, "cifar10_train10k", (("71kB", 10, "--learning-rate 3e-3 --move-codes"),)),
     "resnet20_cifar100": (
         "cifar100_calibration",
         "cifar100_test",
