@@ -67,15 +67,15 @@ def errors(zoo: Path) -> str:
                 for form in FORMS:
                     # the numbers that are kept are at most those of the dense matrix, also for ranks of 1
                     fits = form_at(form, unit.view.matrix_shape, kernel, keep).numbers <= keep * w.numel()
-                    start = time.perf_counter()
+                    start = time.process_time()
                     solution = Factorize(form, keep, kernel, whiten=seen).solve(w, stats[unit.name])
                     key = keep, seen, form
-                    took[key] = took.get(key, 0.0) + time.perf_counter() - start
+                    took[key] = took.get(key, 0.0) + time.process_time() - start
                     lost.setdefault(key, []).append(solution.relative_error if fits else float("inf"))
         print(unit.name, file=sys.stderr, flush=True)
     lines = [
-        f"Share of a layer's output energy lost, {NETWORK}, {len(units)} convolutions of 3x3, fp16 factors: median of "
-        "the layers, layers where the form loses least, seconds for all layers.",
+        f"Share of a layer's output energy lost, {NETWORK}, {len(units)} convolutions of 3x3, fp16 factors: "
+        "median of the layers, layers where the form loses least, processor seconds for all layers.",
         "",
         "| numbers kept | form | no data: lost | best | s | inputs: lost | best | s |",
         "|--:|---|--:|--:|--:|--:|--:|--:|",

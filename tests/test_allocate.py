@@ -549,14 +549,13 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
 
 
 # ---------------------------------------------------------------- parameters
-@pytest.mark.parametrize("share", ["0.6x", "25%", "1500"])
-def test_parameters_are_counted_and_kept(share):
+def test_parameters_are_counted_and_kept():
     model, data = chain(), images(64)
-    small = fw.compress(model, data, target=goal(None, params=share))
+    small = fw.compress(model, data, target=goal(None, params="25%", among="prune"))
     found = small.report.allocation
     dense = sum(p.numel() for p in model.parameters())
     assert found.dense_params == dense
-    assert found.limits == {"params": {"0.6x": int(0.6 * dense), "25%": int(0.25 * dense), "1500": 1500}[share]}
+    assert found.limits == {"params": int(0.25 * dense)}
     stored = sum(numbers(u.weight) for u in small.artifact.units)
     biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
     assert found.params == stored + biases <= found.limits["params"]
@@ -565,14 +564,14 @@ def test_parameters_are_counted_and_kept(share):
 def test_parameters_below_what_is_no_weight_are_refused():
     biases = 16 + 24 + 16 + 10
     with pytest.raises(InfeasibleError, match="parameters; the smallest reachable number of parameters is"):
-        fw.plan(chain(), images(64), target=goal(None, params=str(biases)))
+        fw.plan(chain(), images(64), target=goal(None, params=str(biases), among="prune"))
     with pytest.raises(UsageError, match="grids and books leave all weights"):
         goal(params="0.5x", among="quantize")
 
 
 # ---------------------------------------------------------------- factors
 @pytest.mark.parametrize(
-    ("target", "budget"), [({"macs": "0.5x"}, "macs"), ({"params": "0.4x"}, "params"), ({"target": "6x"}, "bytes")]
+    ("target", "budget"), [({"macs": "0.5x"}, "macs"), ({"params": "0.4x", "macs": "0.6x"}, "params")]
 )
 def test_factors_meet_a_budget_and_are_counted_as_they_run(target, budget):
     """Nearly of low rank, so that factors are worth it."""

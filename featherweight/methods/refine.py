@@ -3,9 +3,9 @@
 The loss is the sum over rows of share_r d_r H d_rᵀ, d = w - the contraction of the factors, so with H the second moment
 of a layer's inputs it is the error of its outputs. A contraction is linear in each of its factors, so each of them is a
 least-squares problem; it is solved by conjugate gradients, the operator being a few contractions and one product with
-H, never a matrix of its own. Preconditioner: the Gram matrix of what the factor multiplies, over its ranks, times the
-part of H over its own columns. That is the exact inverse where all inputs are alike and independent, or where the
-factor has rows alone. Every step starts from what is there, so the loss never rises.
+H, never a matrix of its own. Preconditioner: the Gram matrix of what the factor multiplies, in the metric of H where
+that is small, which is the exact inverse; else over its ranks alone, times the part of H over its own columns. Every
+step starts from what is there, so the loss never rises.
 """
 
 import functools
@@ -24,6 +24,7 @@ from featherweight.methods.forms import Form
 INNER = 8  # steps of conjugate gradients for a factor
 NEAR = 1e-9  # of the first residual: no need to go on
 LARGE = 2**24  # entries of what a factor multiplies: more are not formed
+EXACT = 1024  # unknowns of a row, up to which a preconditioner sees all of the inputs' moments
 RIDGE = 1e-12  # of a preconditioner
 ROWS, COLS = "omnp", "ijkltyxc"
 
@@ -151,14 +152,16 @@ def _preconditioner(problem: Problem, tensors: Sequence[Tensor], k: int) -> Call
     cols = "".join(x for x in form.axes if x in term and x in COLS)
     others = [(t, x) for n, (t, x) in enumerate(zip(form.terms, tensors, strict=True)) if n != k]
     parts = []
+    every, seen = "".join(x for x in form.axes if x in COLS), False
     for apart in _apart(others, form.axes):
         bonds = "".join(x for x in term if x not in form.axes and any(x in t for t, _ in apart))
-        gram = _gram(problem, apart, bonds, whole=not cols)
+        gram = None if problem.hessian is None or seen else _seen(problem, problem.hessian, apart, cols, bonds)
+        seen = seen or gram is not None
+        letters, gram = (bonds, _gram(form, apart, bonds)) if gram is None else (cols + bonds, gram)
         gram.diagonal().add_(problem.penalty)
-        parts.append((bonds, damped_cholesky(gram, RIDGE)[1]))
-    if cols and problem.hessian is not None:
-        letters = "".join(x for x in form.axes if x in COLS)
-        part = marginal(problem.hessian, letters, [form.sizes[x] for x in letters], cols)
+        parts.append((letters, damped_cholesky(gram, RIDGE)[1]))
+    if cols and problem.hessian is not None and not seen:
+        part = marginal(problem.hessian, every, [form.sizes[x] for x in every], cols)
         parts.append((cols, damped_cholesky(part, RIDGE)[1]))
 
     def solve(x: Tensor) -> Tensor:
@@ -182,14 +185,26 @@ def _apart(terms: Sequence[tuple[str, Tensor]], axes: str) -> list[list[tuple[st
     return found
 
 
-def _gram(problem: Problem, terms: Sequence[tuple[str, Tensor]], bonds: str, whole: bool) -> Tensor:
-    """Inner products over all but the ranks. whole: in the metric of the Hessian, where the terms have all columns."""
-    form = problem.form
-    rest = "".join(x for x in form.axes if any(x in t for t, _ in terms))
+def _gram(form: Form, terms: Sequence[tuple[str, Tensor]], bonds: str) -> Tensor:
+    """Inner products of what terms give together, over their ranks `bonds`."""
     count = prod(form.sizes[x] for x in bonds)
-    complete = all(x in rest for x in form.axes if x in COLS)
-    if whole and complete and problem.hessian is not None and count * prod(form.sizes[x] for x in rest) <= LARGE:
-        made = contracted(terms, bonds + rest).reshape(count, -1, len(problem.hessian))
-        return (made @ problem.hessian).reshape(count, -1) @ made.reshape(count, -1).T
     copies = [("".join(x if x in form.axes else x.upper() for x in t), v) for t, v in terms]
     return contracted([*terms, *copies], bonds + bonds.upper()).reshape(count, count)
+
+
+def _seen(
+    problem: Problem, hessian: Tensor, terms: Sequence[tuple[str, Tensor]], own: str, bonds: str
+) -> Tensor | None:
+    """The same in the metric of the inputs, over a factor's own columns and ranks; None where the terms have not all
+    other columns, or that would be large."""
+    form = problem.form
+    every = "".join(x for x in form.axes if x in COLS)
+    rest = "".join(x for x in form.axes if any(x in t for t, _ in terms))
+    count, entries = prod(form.sizes[x] for x in own + bonds), prod(form.sizes[x] for x in bonds + rest)
+    if not set(every) <= set(rest + own) or count > EXACT or entries > LARGE:
+        return None
+    made = contracted(terms, bonds + rest)
+    other = "".join(x if x in ROWS else x.upper() for x in rest)
+    metric = hessian.reshape([form.sizes[x] for x in every] * 2)
+    operands = [(bonds + rest, made), (bonds.upper() + other, made), (every + every.upper(), metric)]
+    return contracted(operands, own + bonds + (own + bonds).upper()).reshape(count, count)
