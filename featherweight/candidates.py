@@ -82,11 +82,10 @@ def forms(unit: Unit, goal: Goal, with_data: bool = True, weights: int = 0) -> l
     large books may be."""
     if goal.among == "factors":
         return _plain(goal) + _factored(unit, goal, with_data)
-    factors = _factored(unit, goal, with_data) if goal.among == "all" else []
     if goal.structured:
-        return _structured(unit, goal) + factors
+        return _structured(unit, goal)
     found = _unstructured(unit, goal.among, with_data) + (_additive(unit, goal, weights) if with_data else [])
-    return found if goal.params is None else found + factors
+    return found + (_factored(unit, goal, with_data) if goal.params is not None and goal.among == "all" else [])
 
 
 def tried(

@@ -14,7 +14,6 @@ import featherweight as fw
 from featherweight import pipeline
 from featherweight.activations import best_grid, simulate, simulated
 from featherweight.artifact import fill, read
-from featherweight.cli import main
 from featherweight.errors import UsageError
 from featherweight.layers import scan
 from featherweight.methods import Gptq, GridSpec, Rtn
@@ -247,12 +246,6 @@ def test_wrong_requests(tmp_path, run, monkeypatch, args, said):
     code, _, err = run("compress", MAKE, "--data", DATA, *args)
     assert code == 2
     assert said in " ".join(err.split())
-
-
-def test_activations_without_data_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["compress", MAKE, "--method", "rtn", "--bits", "8", "--activations", "8"]) == 2
-    assert "calibration data" in capsys.readouterr().err
 
 
 def test_the_recipe_of_the_documentation_is_valid():

@@ -536,6 +536,8 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
         def network(self, net):
             return next(script)
 
+        batch = batches(images(1))[0]
+
     monkeypatch.setattr(allocate, "Clock", Scripted)
     target = goal(None, latency="800us")
     if len(times) == 2:

@@ -15,10 +15,7 @@ pytestmark = pytest.mark.real
 
 FIGURES = [  # network, calibration, test, settings, largest share of fp32 in percent, least top-1
     ("resnet20_cifar10", "cifar10_calibration", "cifar10_test", "--method gptq --bits 3", 113_000 / 10843.92, 91.4),
-    ("resnet20_cifar10", "cifar10_calibration", "cifar10_test", "--pattern 2:4 --bits 4", 10, 91.0),
-    ("resnet20_cifar10", "cifar10_calibration", "cifar10_test", "--method gptq --bits 8 --activations 8", 26, 91.6),
     ("lstm_speech", "speech_calibration", "speech_test", "--method obq --bits 8", 26, 86.2),
-    ("lstm_speech", "speech_calibration", "speech_test", "--method obq --bits 4", 14, 85.5),
 ]
 
 
