@@ -1,12 +1,13 @@
 """What training by ADMM gains over decomposing at once, at the same number of epochs.
 
     python -m bench.admm [--form tt] [--keep 0.4] [--epochs 15] [--tune 15] [--zoo ../shared/zoo.py] [--state folder]
+                         [--way admm|direct]
 
 resnet20_cifar100: (a) trained by ADMM for --epochs, given its form, finetuned for --tune; (b) given the form at once,
 finetuned for the sum of both. Both with the same forms and ranks, the same teacher (the network as it was), share of
 labels, precision, and flipped and shifted training images. The first convolution, the shortcuts and the last layer are
 left as they are, as in the paper. Writes a line each to bench/results/admm.json and .md, and admm-FORM.png with the
-residuals. With --state a run that was stopped goes on. --smoke takes 256 images: that it runs, nothing else.
+residuals. --way takes one of the two. With --state a run that was stopped goes on. --smoke takes 256 images: that it runs, nothing else.
 """
 
 import argparse
@@ -126,6 +127,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     start = time.perf_counter()
     recipe = recipe_of(settings(options))
     methods = assign(recipe, fw.scan(dense, exclude=recipe.exclude))
+    if options.way == "direct":
+        return [direct(dense, data, common, known, options)]
     place = None if options.state is None else options.state / "admm"
     how = fw.AdmmTraining(data, options.epochs, options.rho, step=options.step, checkpoint=place, **common)
     net, pulled = fw.admm(dense, methods, how, told)
@@ -138,12 +141,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     detail = {"rho": options.rho, "step": options.step, "primal": pulled.primal, "dual": pulled.dual}
     lines = [known | spent | {"way": "ADMM", "trained": trained} | found | detail]
     print({k: v for k, v in lines[0].items() if k not in ("primal", "dual")}, flush=True)
+    return lines if options.way == "admm" else [*lines, direct(dense, data, common, known, options)]
+
+
+def direct(
+    dense: nn.Module, data: Any, common: dict[str, Any], known: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The control."""
     start, both = time.perf_counter(), options.epochs + options.tune
     found = finish("direct", dense, both, data, common, options)
-    spent = {"epochs": [0, both], "seconds": round(time.perf_counter() - start)}
-    lines.append(known | spent | {"way": "direct"} | found)
-    print(lines[1], flush=True)
-    return lines
+    line = known | {"epochs": [0, both], "seconds": round(time.perf_counter() - start), "way": "direct"} | found
+    print(line, flush=True)
+    return line
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -175,6 +184,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=15, help="of finetuning after it")
     parser.add_argument("--rho", type=float, default=fw.AdmmTraining(None).rho)
     parser.add_argument("--step", type=float, default=fw.AdmmTraining(None).step)
+    parser.add_argument("--way", choices=("admm", "direct"), help="this one alone")
     parser.add_argument("--labels", type=float, default=0.3)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--plain", dest="augment", action="store_false", help="images as they are")
@@ -190,11 +200,16 @@ def main() -> None:
         return
     store = RESULTS / "admm.json"
     kept = json.loads(store.read_text())["lines"] if store.exists() else []
-    same = [(x["form"], x["keep"]) for x in lines]
-    kept = [x for x in kept if (x["form"], x["keep"]) not in same]
-    content = {"machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}", "lines": kept + lines}
+    same = [line_of(x) for x in lines]
+    kept = sorted([*(x for x in kept if line_of(x) not in same), *lines], key=line_of)
+    content = {"machine": f"{torch.get_num_threads()} threads, torch {torch.__version__}", "lines": kept}
     store.write_text(json.dumps(content, indent=1) + "\n")
-    (RESULTS / "admm.md").write_text(table(kept + lines))
+    (RESULTS / "admm.md").write_text(table(kept))
+
+
+def line_of(line: dict[str, Any]) -> tuple[str, float, int, str]:
+    """What a line is about."""
+    return line["form"], line["keep"], sum(line["epochs"]), line["way"]
 
 
 if __name__ == "__main__":

@@ -245,6 +245,9 @@ def finetune_command(
     labels: Annotated[
         float, typer.Option(help="share of the loss that is cross-entropy with the labels, 0 to 1")
     ] = TUNING.labels,
+    mix: Annotated[
+        float, typer.Option(help="share of the samples that are mixed with another one (few training data), 0 to 1")
+    ] = TUNING.mix,
     precision: opt.PrecisionKind = None,
     move_codes: Annotated[bool, typer.Option("--move-codes", help="codes of vectors may change, too")] = False,
     checkpoint: Annotated[
@@ -267,7 +270,7 @@ def finetune_command(
     with plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
         with joined(network) as ranks, bars(ranks.first) as progress:
-            known = epochs, learning_rate, batch_size, labels, seed, precision or "fp32", checkpoint, move_codes
+            known = epochs, learning_rate, batch_size, labels, seed, precision or "fp32", checkpoint, move_codes, mix
             how = Finetune(call(train), *known)  # pyright: ignore - it checks
             before = meter(test if ranks.first else None, metric, batch_size)(fill(copy.deepcopy(network), artifact))
             tuned = finetune(artifact, network, how, progress)

@@ -102,12 +102,13 @@ def test_a_recipe_file_and_weights(tmp_path, run):
     assert {r["name"]: r["method"] for r in json.loads(out)["rows"]}["fc.weight"] == "rtn 2 bit"
 
 
-def test_the_demo_runs(run):
+def test_the_demo_runs(run, monkeypatch):
+    monkeypatch.setattr("featherweight.demo.run.TARGETS", ("3.7x", "8x"))  # of five
     code, out, _ = run("demo", "--json")
     rows = json.loads(out)
     assert code == 0
     assert rows[0]["what"] == "fp32"
-    sizes = [row["bytes"] for row in rows[:6]]
+    sizes = [row["bytes"] for row in rows[:3]]
     assert sizes == sorted(sizes, reverse=True)
     assert rows[1]["top1"] >= 98
 

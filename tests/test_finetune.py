@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import featherweight as fw
-from featherweight.data import batches
+from featherweight.data import Batch, batches
 from featherweight.errors import UsageError
 from featherweight.finetune import Finetune, train
+from featherweight.finetune.order import mixed
 from featherweight.layers import scan
 from featherweight.methods import Gptq, GridSpec, Obs, PruneQuantize, Rtn, Unstructured
 from featherweight.repair.distance import output_distance
@@ -81,6 +82,10 @@ def test_through_compress_and_back(tmp_path):
 def test_wrong_requests():
     with pytest.raises(UsageError, match="epochs"):
         Finetune(images(8), epochs=0)
+    with pytest.raises(UsageError, match="leave out mix or labels"):
+        Finetune(images(8), mix=0.5, labels=0.1)
+    with pytest.raises(UsageError, match="nor mixed samples"):
+        fw.AdmmTraining(images(8), mix=0.5, loss=lambda output, target: output.sum())
     with pytest.raises(UsageError, match="labels"):
         fw.compress(words(), sentences(), method=Rtn(GridSpec(4)), finetune=Finetune(sentences(), 1, labels=0.5))
     recipe = fw.Recipe(Gptq(GridSpec(4)), activations=8)
@@ -116,3 +121,35 @@ def test_data_that_do_not_fit_are_refused_before_the_work(monkeypatch):
     monkeypatch.setattr("featherweight.moments.capture", lambda *a, **k: pytest.fail("the work had begun"))
     with pytest.raises(UsageError, match="does not accept the data"):
         fw.compress(tiny(), images(), method=Gptq(GridSpec(4)), finetune=Finetune(torch.randn(8, 3), 1))
+
+
+def test_mixed_samples_lie_between_two_of_the_batch():
+    x, y = torch.randn(400, 3, generator=torch.Generator().manual_seed(0)), torch.arange(400)
+    torch.manual_seed(1)
+    found = mixed(Batch((x, y), {"scale": x * 2}, y), 0.25)
+    out = found.args[0]
+    moved = (out != x).any(1)
+    assert 70 < int(moved.sum()) < 130
+    for own, now in zip(x[moved][:20], out[moved][:20], strict=True):
+        ways = torch.nn.functional.cosine_similarity((now - own)[None], x - own)
+        other = x[ways.argmax()]
+        assert ways.max() > 0.999
+        assert (now - own).norm() <= (other - own).norm() * 1.001
+    torch.testing.assert_close(found.kwargs["scale"], out * 2)
+    assert torch.equal(found.args[1], y)
+    assert torch.equal(found.target, y)
+
+
+def test_mixing_changes_what_is_learnt_and_words_cannot_be_mixed():
+    results = []
+    for mix in (0.0, 0.5, 0.5):
+        net, data = tiny().requires_grad_(False), images(32)
+        units, solutions, small = solved(net, batches(data, 16), METHODS[0])
+        train(net, small, units, {n: s.weight for n, s in solutions.items()}, Finetune(data, epochs=1, mix=mix))
+        results.append(small.fc.bias.clone())
+    assert torch.equal(results[1], results[2])
+    assert not torch.equal(results[0], results[1])
+    net, data = words().requires_grad_(False), sentences()
+    units, solutions, small = solved(net, batches(data, 16), METHODS[0])
+    with pytest.raises(UsageError, match="leave out mix"):
+        train(net, small, units, {n: s.weight for n, s in solutions.items()}, Finetune(data, mix=0.5))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from featherweight.data import Batch, batches
@@ -80,9 +81,36 @@ def _read(how: Settings, epoch: int, source: Iterable[Any], numbers: Iterable[in
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed(how, epoch, number + 1))
             item = next(items, None)
-        if item is None:
-            raise UsageError(f"{how.word}: the data hold fewer batches than their length says")
-        yield number, batches([item])[0]
+            if item is None:
+                raise UsageError(f"{how.word}: the data hold fewer batches than their length says")
+            batch = batches([item])[0]
+            batch = mixed(batch, how.mix) if how.mix else batch
+        yield number, batch
+
+
+def mixed(batch: Batch, share: float) -> Batch:
+    """That share of the samples, each between itself and another of the batch, anywhere on the line (mixup: Zhang et
+    al. 2018, 1710.09412). Targets stay as they are, and are of no use any more.
+
+    Raises:
+        UsageError: the inputs hold no tensor of real numbers with a sample in every entry of its first dimension.
+    """
+    count = batch.size
+    own = 1 - torch.rand(count) * (torch.rand(count) < share)
+    others = torch.randperm(count)
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 and len(value) == count
+
+    def mix(value: Any) -> Any:
+        if not fits(value):
+            return value
+        part = own.to(value).reshape(-1, *[1] * (value.ndim - 1))
+        return part * value + (1 - part) * value[others.to(value.device)]
+
+    if not any(map(fits, [*batch.args, *batch.kwargs.values()])):
+        raise UsageError("samples are mixed where inputs are tensors of real numbers, and these are not; leave out mix")
+    return Batch(tuple(map(mix, batch.args)), {k: mix(v) for k, v in batch.kwargs.items()}, batch.target)
 
 
 def _seed(how: Settings, epoch: int, number: int = 0) -> int:

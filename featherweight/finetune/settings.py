@@ -27,6 +27,8 @@ class Settings(Protocol):
     @property
     def labels(self) -> float: ...
     @property
+    def mix(self) -> float: ...
+    @property
     def seed(self) -> int: ...
     @property
     def precision(self) -> Precision: ...
@@ -43,6 +45,8 @@ def check(how: Settings) -> None:
     require(type(how.epochs) is int and how.epochs > 0, "epochs must be a whole number above 0", how.epochs)
     require(0 < how.learning_rate < math.inf, "the learning rate must be above 0", how.learning_rate)
     require(0 <= how.labels <= 1, "labels must be a share, 0 to 1", how.labels)
+    require(0 <= how.mix <= 1, "mix must be a share of the samples, 0 to 1", how.mix)
+    require(not (how.mix and how.labels), "mixed samples have no label; leave out mix or labels", (how.mix, how.labels))
     require(how.precision in get_args(Precision), "the precision must be fp32 or bf16", how.precision)
 
 
@@ -51,7 +55,8 @@ def check(how: Settings) -> None:
 class Finetune:
     """data: training inputs, as `compress` takes them; a Dataset is shuffled every epoch, anything else read again.
     learning_rate: of Adam, relative to the root mean square of every tensor, falling to zero as a cosine. labels: share
-    of the loss that is cross-entropy with the data's labels. precision: what both networks run in; the loss and what is
+    of the loss that is cross-entropy with the data's labels. mix: share of the samples that are mixed with another one,
+    so that few data tell more of the dense network. precision: what both networks run in; the loss and what is
     trained are at least float32. moves: whether codes of vectors may change, too. checkpoint: a file that keeps the
     state, so that a killed run goes on."""
 
@@ -66,6 +71,7 @@ class Finetune:
     precision: Precision = "fp32"
     checkpoint: str | Path | None = None
     moves: bool = False
+    mix: float = 0.0
 
     def __post_init__(self) -> None:
         check(self)

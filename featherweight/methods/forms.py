@@ -9,8 +9,8 @@ left out. The matrix of a convolution of shape (O, I, kh, kw) is (O, I * kh * kw
     cols      otr,ri->oit                  low rank: 1x1 to r channels, then the whole kernel
     spatial   oxr,riy->oiyx                one side of the kernel, then the other
     tucker    or,rst,si->oit               1x1, the whole kernel, 1x1 (a tensor train of three modes is the same)
-    tt        mr,rns,stu,ujv,vk->mnjkt     tensor train over parts of the channels, the taps in the middle
-    tr        zmr,rns,stu,ujv,vkz->mnjkt   tensor ring: a train whose ends are joined
+    tt        mr,rnxs,syju,uk->mnjkyx      tensor train over parts of the channels, a side of the kernel at each end
+    tr        zmr,rnxs,syju,ukz->mnjkyx    tensor ring: a train whose ends are joined
     cp        yr,xr,ir,or->oiyx            sum of outer products
 
 A rank of a train is the first letter of one of its two factors, so that a grid with a scale per row has one per rank
@@ -19,6 +19,11 @@ there. Of a matrix of one tap, rows, cols, tucker and cp are all low rank.
 Papers: Jaderberg et al. 2014, 1405.3866 (spatial); Kim et al. 2016, 1511.06530 (tucker); Oseledets 2011, Garipov et al.
 2016, 1611.03214 and Yin et al. 2021, 2107.12422 (tt, the taps in the middle); Zhao et al. 2016, 1606.05535 and Wang et
 al. 2018, 1802.09052 (tr); Lebedev et al. 2015, 1412.6553 (cp).
+
+Where we differ: the published trains and rings have a core of their own for the taps, t, between outputs and inputs.
+Here each side of a kernel with two lies with the channels beside it. At equal numbers that loses less on every layer
+that we measured (docs/decisions/0015.md), and full ranks outside cost next to nothing. A kernel with one side longer
+than 1 has the core of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -182,20 +187,24 @@ def _skeleton(name: str, shape: tuple[int, int], kernel: Sequence[int]) -> tuple
         found = {"o": rows, "i": cols // taps} | {x: n for x, n in sides.items() if n > 1}
         return "".join(found), tuple(f"{x}r" for x in "tyxio" if x in found), found
     if name in ("tt", "tr"):
-        return _train(name, rows, cols // taps, taps)
+        return _train(name, rows, cols // taps, kernel)
     if taps == 1:
         return "oi", ("or", "ri"), {"o": rows, "i": cols}
     return "oit", (("otr", "ri") if name == "cols" else ("or", "rst", "si")), sizes
 
 
-def _train(name: str, outputs: int, inputs: int, taps: int) -> tuple[str, tuple[str, ...], dict[str, int]]:
+def _train(name: str, outputs: int, inputs: int, kernel: Sequence[int]) -> tuple[str, tuple[str, ...], dict[str, int]]:
     left = dict(zip("mnp", factored(outputs), strict=False))
     right = dict(zip("jkl", reversed(factored(inputs)), strict=False))
-    middle = {"t": taps} if taps > 1 else {}
-    order = [*left, *middle, *right]
+    if len(sides := [n for n in kernel if n > 1]) == 2:
+        taps = dict(zip("yx", sides, strict=True))
+        order = [*[*left][:-1], [*left][-1] + "x", "y" + [*right][0], *[*right][1:]]
+    else:
+        taps = {"t": prod(sides)} if sides else {}
+        order = [*left, *taps, *right]
     ends = [("z" if name == "tr" else ""), *_BONDS[: len(order) - 1], ("z" if name == "tr" else "")]
     terms = tuple(f"{a}{x}{b}" for a, x, b in zip(ends, order, ends[1:], strict=False))
-    found = left | right | middle
+    found = left | right | taps
     return "".join(found), terms, found
 
 
@@ -209,8 +218,8 @@ def _weights(name: str, axes: str, terms: Sequence[str], sizes: Mapping[str, int
     largest = max(outputs, inputs)
     found = {}
     for x, left, right in zip(bonds, terms, terms[1:], strict=False):
-        outer = all(a in "omnp" for a in left if a in axes)
-        inner = all(a in "ijkl" for a in right if a in axes)
+        outer = all(a in "omnpx" for a in left if a in axes)
+        inner = all(a in "ijkly" for a in right if a in axes)
         both = min(outputs, inputs) if outer and inner else outputs if outer else inputs
         found[x] = both / largest
     return found

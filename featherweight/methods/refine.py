@@ -8,10 +8,8 @@ that is small, which is the exact inverse; else over its ranks alone, times the 
 step starts from what is there, so the loss never rises.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from math import prod
 from typing import final
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from featherweight._linalg import damped_cholesky
 from featherweight.methods.forms import Form
+from featherweight.weights.factors import contracted
 
 INNER = 8  # steps of conjugate gradients for a factor
 NEAR = 1e-9  # of the first residual: no need to go on
@@ -106,36 +105,6 @@ def step(problem: Problem, tensors: Sequence[Tensor], k: int, iterations: int = 
         before, energy = energy, float((residual * z).sum())
         direction = z + energy / before * direction
     return at
-
-
-def contracted(operands: Sequence[tuple[str, Tensor]], out: str) -> Tensor:
-    """The einsum of tensors, each with its letters, two at a time: first those whose product is small beside them."""
-    work = [t for _, t in operands]
-    sizes = {x: n for letters, t in operands for x, n in zip(letters, t.shape, strict=True)}
-    for a, b, equation in _plan(tuple(letters for letters, _ in operands), tuple(sorted(sizes.items())), out):
-        made = torch.einsum(equation, work[a], work[b])
-        work = [t for n, t in enumerate(work) if n not in (a, b)] + [made]
-    return work[0].contiguous() if len(operands) > 1 else torch.einsum(f"{operands[0][0]}->{out}", work[0])
-
-
-@functools.cache
-def _plan(terms: tuple[str, ...], sizes: tuple[tuple[str, int], ...], out: str) -> list[tuple[int, int, str]]:
-    """Positions of what is contracted next, and how; what is made goes to the end."""
-    size, work, found = dict(sizes), list(terms), []
-    while len(work) > 1:
-        tried = []
-        for a, b in combinations(range(len(work)), 2):
-            later = set(out).union(*(letters for n, letters in enumerate(work) if n not in (a, b)))
-            made = "".join(dict.fromkeys(x for x in work[a] + work[b] if x in later)) if len(work) > 2 else out
-            tried.append((_entries(made, size) - _entries(work[a], size) - _entries(work[b], size), a, b, made))
-        _, a, b, made = min(tried)
-        found.append((a, b, f"{work[a]},{work[b]}->{made}"))
-        work = [x for n, x in enumerate(work) if n not in (a, b)] + [made]
-    return found
-
-
-def _entries(letters: str, size: dict[str, int]) -> int:
-    return prod(size[x] for x in letters)
 
 
 def marginal(hessian: Tensor, cols: str, sizes: Sequence[int], own: str) -> Tensor:

@@ -22,7 +22,7 @@ class AdmmTraining:
     """data, batch_size, seed, precision, checkpoint: as in `Finetune`. rho, growth, step: see `Pull`. learning_rate: of
     Adam, relative to the root mean square of every tensor, falling to zero as a cosine; matrices and kernels move ten
     times as fast as vectors. labels: share of the loss that is cross-entropy with the data's labels, the rest is the
-    distance to the network as it was. loss: of the network's output and the batch's target, in place of both."""
+    distance to the network as it was. mix: as in `Finetune`. loss: of the network's output and the batch's target, in place of both."""
 
     word: ClassVar[str] = "training by ADMM"
     stage: ClassVar[str] = "admm"
@@ -34,6 +34,7 @@ class AdmmTraining:
     learning_rate: float = 1e-3
     batch_size: int = 128
     labels: float = 0.0
+    mix: float = 0.0
     seed: int = 0
     precision: Precision = "fp32"
     checkpoint: str | Path | None = None
@@ -42,8 +43,8 @@ class AdmmTraining:
     def __post_init__(self) -> None:
         check(self)
         check_rho(self.rho, self.growth, self.step)
-        if self.loss is not None and self.labels > 0:
-            raise UsageError("a loss of your own takes the place of labels; leave out one of the two")
+        if self.loss is not None and (self.labels or self.mix):
+            raise UsageError("a loss of your own goes with neither labels, whose place it takes, nor mixed samples")
 
 
 @final

@@ -7,8 +7,10 @@ tensor train; `oxr,riy->oiyx` one kernel along each side; `yr,xr,ir,or->oiyx` CP
 `obr,rbc->obc` blocks of columns with a pair of factors each.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import prod
 from typing import ClassVar, Self, TypeAlias, final
 
@@ -34,8 +36,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 class Factors:
     """shape: (rows, cols). axes: letters whose sizes multiply to rows * cols, in the order of the matrix's entries.
     terms: the letters of every factor; sizes: of every letter. parts: the factors, each a matrix of (size of its term's
-    first letter, the others together). Decoding contracts the first two, then the next, and so on, summing over a
-    letter as soon as no later term has it. shared: positions of factors that other weights hold as well, as the same
+    first letter, the others together). Decoding contracts two at a time, in the order of `plan`. shared: positions of factors that other weights hold as well, as the same
     object."""
 
     kind: ClassVar[str] = "factors"
@@ -63,13 +64,8 @@ class Factors:
 
     def dense(self) -> Tensor:
         """Contracted in float64 and rounded once, so that the order of sums does not matter but in rare last bits."""
-        total, letters = self.tensor_of(0).double(), self.terms[0]
-        for k, step in enumerate(_steps(self.axes, self.terms), 1):
-            total = torch.einsum(f"{letters},{self.terms[k]}->{step}", total, self.tensor_of(k).double())
-            letters = step
-        if letters != self.axes:  # one factor alone
-            total = torch.einsum(f"{letters}->{self.axes}", total)
-        return total.reshape(self.shape).float()
+        operands = [(term, self.tensor_of(k).double()) for k, term in enumerate(self.terms)]
+        return contracted(operands, self.axes).reshape(self.shape).float()
 
     def bits(self) -> int:
         return payload_bits(self.tensors())
@@ -134,17 +130,39 @@ def matrix_of(term: str, sizes: Mapping[str, int]) -> tuple[int, int]:
 
 def largest(axes: str, terms: Sequence[str], sizes: Mapping[str, int]) -> int:
     """Entries of the largest tensor that decoding makes."""
-    return max(prod(sizes[x] for x in step) for step in [*_steps(axes, terms), axes])
+    made = [step.partition("->")[2] for _, _, step in plan(tuple(terms), tuple(sorted(sizes.items())), axes)]
+    return max(prod(sizes[x] for x in letters) for letters in [*made, axes])
 
 
-def _steps(axes: str, terms: Sequence[str]) -> list[str]:
-    """The letters of the tensor after each contraction, the last one's in the order of the axes."""
-    letters, found = terms[0], []
-    for k, term in enumerate(terms[1:], 1):
-        later = set(axes).union(*terms[k + 1 :])
-        letters = "".join(dict.fromkeys(x for x in letters + term if x in later))
-        found.append(letters)
-    return [*found[:-1], axes] if found else []
+def contracted(operands: Sequence[tuple[str, Tensor]], out: str) -> Tensor:
+    """The einsum of tensors, each with its letters, two at a time in the order of `plan`."""
+    work = [t for _, t in operands]
+    sizes = {x: n for letters, t in operands for x, n in zip(letters, t.shape, strict=True)}
+    for a, b, equation in plan(tuple(letters for letters, _ in operands), tuple(sorted(sizes.items())), out):
+        made = torch.einsum(equation, work[a], work[b])
+        work = [t for n, t in enumerate(work) if n not in (a, b)] + [made]
+    return work[0].contiguous() if len(operands) > 1 else torch.einsum(f"{operands[0][0]}->{out}", work[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(terms: tuple[str, ...], sizes: tuple[tuple[str, int], ...], out: str) -> list[tuple[int, int, str]]:
+    """Positions of what is contracted next, and how; what is made goes to the end. Next are the two whose product has
+    the fewest entries beside their own, and of equal ones the first."""
+    size, work, found = dict(sizes), list(terms), []
+
+    def entries(letters: str) -> int:
+        return prod(size[x] for x in letters)
+
+    while len(work) > 1:
+        tried = []
+        for a, b in combinations(range(len(work)), 2):
+            later = set(out).union(*(letters for n, letters in enumerate(work) if n not in (a, b)))
+            made = "".join(dict.fromkeys(x for x in work[a] + work[b] if x in later)) if len(work) > 2 else out
+            tried.append((entries(made) - entries(work[a]) - entries(work[b]), a, b, made))
+        _, a, b, made = min(tried)
+        found.append((a, b, f"{work[a]},{work[b]}->{made}"))
+        work = [x for n, x in enumerate(work) if n not in (a, b)] + [made]
+    return found
 
 
 def _said(shape: tuple[int, int], meta: Meta) -> tuple[str, tuple[str, ...], dict[str, int]]:
