@@ -7,7 +7,8 @@ resnet20_cifar100: (a) trained by ADMM for --epochs, given its form, finetuned f
 finetuned for the sum of both. Both with the same forms and ranks, the same teacher (the network as it was), share of
 labels, precision, and flipped and shifted training images. The first convolution, the shortcuts and the last layer are
 left as they are, as in the paper. Writes a line each to bench/results/admm.json and .md, and admm-FORM.png with the
-residuals. --way takes one of the two. With --state a run that was stopped goes on. --smoke takes 256 images: that it runs, nothing else.
+residuals. --way takes one of the two. With --state a run that was stopped goes on. --smoke takes 256 images: that it
+runs, nothing else.
 """
 
 import argparse

@@ -10,16 +10,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from bench.allocate import zoo
+from bench.halves import half
 from bench.networks import measure
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,24 +28,6 @@ LINES = {  # kind: settings
     "data": (*TARGETS, "--bits 3 --sequential"),
 }
 SAID = {"none": "no data: synthetic inputs", "weights": "no data: weights alone", "data": "1,024 training images"}
-
-
-def half(zoo_file: Path, file: Path) -> dict[str, Any]:
-    """`.half()` in a safetensors file, measured in a fresh process."""
-    net = getattr(zoo(zoo_file), NETWORK)()
-    real = {n: t for n, t in net.state_dict().items() if t.is_floating_point()}
-    save_file({n: t.half() for n, t in real.items()}, file)
-    command = [sys.executable, "-m", "bench.datafree", "--zoo", str(zoo_file), "--read", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    fp32 = 4 * sum(t.numel() for t in real.values())
-    return {"fp32_bytes": fp32, "file_bytes": file.stat().st_size, "after": round(float(done.stdout), 2)}
-
-
-def read(zoo_file: Path, file: Path) -> float:
-    own = zoo(zoo_file)
-    net = getattr(own, NETWORK)()
-    net.load_state_dict({n: t.float() for n, t in load_file(file).items()}, strict=False)
-    return own.top1(net, getattr(own, TEST)())
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -79,11 +58,7 @@ def main() -> None:
     parser.add_argument("--only", choices=LINES, action="append")
     parser.add_argument("--settings", action="append", help="only these; the other lines stay")
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
-    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.read:
-        print(read(options.zoo, options.read))
-        return
     every = [(kind, settings) for kind, own in LINES.items() for settings in own]
     again = [(k, s) for k, s in every if k in (options.only or LINES) and s in (options.settings or [s])]
     store = RESULTS / "datafree.json"
@@ -96,7 +71,7 @@ def main() -> None:
             data = CALIBRATION if kind == "data" else None
             asked = f"{settings} --database {folder}/{kind}" if settings in TARGETS else settings
             found = (
-                half(options.zoo, file)
+                half(options.zoo, NETWORK, TEST, file)
                 if settings == "half"
                 else measure(options.zoo, NETWORK, data, TEST, asked, file)
             )

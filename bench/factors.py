@@ -9,7 +9,9 @@ bench/results/factors-PART.md.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from bench.halves import half
 from bench.networks import measure
 from featherweight import reuse_memory
 from featherweight.artifact import read
@@ -31,22 +34,31 @@ from featherweight.userland import call, make_model
 RESULTS = Path(__file__).parent / "results"
 NETWORK, CALIBRATION = "resnet20_cifar10", "cifar10_calibration"
 SHARES = (0.35, 0.5, 0.7)
-FILES = {  # network: (calibration, test, settings ...); TRAIN stands for the zoo
+ROWS = "--method lowrank --keep 0.205 --include lstm.weight_hh_l0"
+HALF_MACS = "--target-macs 0.5x --among factors"
+FILES = {  # network: (calibration, test, training data, (settings, of finetuning) ...)
     "lstm_speech": (
         "speech_calibration",
         "speech_test",
+        "speech_calibration",
         (
-            "--method lowrank --keep 0.2 --include lstm.weight_hh_l0",
-            "--method lowrank --keep 0.2 --include lstm.weight_hh_l0 --finetune 30 --train TRAINspeech_calibration",
-            "--method tt --keep 0.2 --include lstm.weight_hh_l0 --finetune 30 --train TRAINspeech_calibration",
+            ("half", ""),
+            ("--method rtn --bits 8", ""),
+            ("--method rtn --bits 4", ""),
+            (ROWS, "--epochs 48 --mix 0.5"),
+            (ROWS, "--epochs 48"),
+            (ROWS.replace("lowrank", "tt"), "--epochs 48 --mix 0.5"),
         ),
     ),
     "resnet20_cifar10": (
         "cifar10_calibration",
         "cifar10_test",
+        "cifar10_train10k",
         (
-            "--target-macs 0.5x --among factors",
-            "--target-macs 0.5x --among factors --finetune 5 --train TRAINcifar10_train10k --precision bf16",
+            ("half", ""),
+            ("--method rtn --bits 8", ""),
+            ("--method rtn --bits 4", ""),
+            (HALF_MACS, "--epochs 5 --precision bf16"),
         ),
     ),
 }
@@ -98,27 +110,48 @@ def errors(zoo: Path) -> str:
 
 
 def networks(zoo: Path, only: list[str] | None) -> None:
-    """Sizes, numbers, multiplications and accuracies of files."""
-    head = "| network | settings | numbers of all | of these weights | MACs | file bytes | top-1 before | after |"
+    """Sizes, numbers, multiplications and accuracies of files, as they come and finetuned."""
+    head = "| network | settings | finetuned | numbers of all | of these layers | MACs | file bytes "
+    head += "| top-1 before | after | tuned |"
     path = RESULTS / "factors-networks.md"
     for name in only or FILES:
-        calibration, test, every = FILES[name]
-        for settings in every:
+        calibration, test, train, every = FILES[name]
+        for settings, tuning in every:
             with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "small.fw"
-                x = measure(zoo, name, calibration, test, settings.replace("TRAIN", f"{zoo}:"), file)
-                artifact = read(file)
-            own = sum(numbers(u.weight) for u in artifact.units)
-            dense = sum(u.weight.shape[0] * u.weight.shape[1] for u in artifact.units)
-            rest = sum(t.numel() for t in artifact.rest.values()) + sum(2 * n.scale.numel() for n in artifact.norms)
-            macs = f"{x['macs'] / x['dense_macs']:.1%}" if "macs" in x else ""
-            cells = [name, f"`{settings}`", f"{(dense + rest) / (own + rest):.2f}x fewer", f"{dense / own:.2f}x fewer"]
-            cells += [macs, f"{x['file_bytes']:,}", f"{x['before']:.2f}", f"{x['after']:.2f}"]
+                cells = line(zoo, (name, calibration, test, train), settings, tuning, Path(folder))
             row = f"| {' | '.join(cells)} |"
             print(row, flush=True)
             kept = path.read_text().splitlines()[2:] if path.exists() else []
-            kept = [r for r in kept if r.split("|")[1:3] != row.split("|")[1:3]]
-            path.write_text("\n".join([head, "|---|---|--:|--:|--:|--:|--:|--:|", *kept, row]) + "\n")
+            kept = [r for r in kept if r.split("|")[1:4] != row.split("|")[1:4]]
+            path.write_text("\n".join([head, "|---|---|---|--:|--:|--:|--:|--:|--:|--:|", *kept, row]) + "\n")
+
+
+def line(zoo: Path, names: tuple[str, str, str, str], settings: str, tuning: str, folder: Path) -> list[str]:
+    """The cells of one."""
+    name, calibration, test, train = names
+    small, tuned = folder / "small.fw", folder / "tuned.fw"
+    if settings == "half":
+        x = half(zoo, name, test, folder / "half.safetensors")
+        return [name, "`.half()`", "", "", "", "", f"{x['file_bytes']:,}", "", f"{x['after']:.2f}", ""]
+    x = measure(zoo, name, calibration, test, settings, small)
+    artifact, net = read(small), make_model(f"{zoo}:{name}")
+    counts = {u.names[0]: numbers(u.weight) for u in artifact.units}
+    all_, layers = (0, 0), (0, 0)  # numbers: dense, own
+    for owner, module in net.named_modules():
+        dense = own = 0
+        for key, value in module.named_parameters(prefix=owner, recurse=False):
+            dense, own = dense + value.numel(), own + counts.get(key, value.numel())
+        all_ = all_[0] + dense, all_[1] + own
+        layers = (layers[0] + dense, layers[1] + own) if own < dense else layers
+    macs = f"{x['macs'] / x['dense_macs']:.1%}" if "macs" in x else ""
+    fewer = [f"{dense / own:.2f}x fewer" if dense > own else "" for dense, own in (all_, layers)]
+    cells = [*fewer, macs, f"{x['file_bytes']:,}", f"{x['before']:.2f}", f"{x['after']:.2f}"]
+    if not tuning:
+        return [name, f"`{settings}`", "", *cells, ""]
+    command = [sys.executable, "-m", "featherweight", "finetune", str(small), "-o", str(tuned), "--json"]
+    command += ["--model", f"{zoo}:{name}", "--train", f"{zoo}:{train}", "--test", f"{zoo}:{test}", *tuning.split()]
+    done = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return [name, f"`{settings}`", f"`{tuning}`", *cells, f"{done['top1']:.2f}"]
 
 
 def main() -> None:
