@@ -22,7 +22,7 @@ al. 2018, 1802.09052 (tr); Lebedev et al. 2015, 1412.6553 (cp).
 
 Where we differ: the published trains and rings have a core of their own for the taps, t, between outputs and inputs.
 Here each side of a kernel with two lies with the channels beside it. At equal numbers that loses less on every layer
-that we measured (docs/decisions/0015.md), and full ranks outside cost next to nothing. A kernel with one side longer
+that was measured (docs/decisions/0015), and full ranks outside cost next to nothing. A kernel with one side longer
 than 1 has the core of its own.
 """
 
@@ -198,7 +198,8 @@ def _train(name: str, outputs: int, inputs: int, kernel: Sequence[int]) -> tuple
     right = dict(zip("jkl", reversed(factored(inputs)), strict=False))
     if len(sides := [n for n in kernel if n > 1]) == 2:
         taps = dict(zip("yx", sides, strict=True))
-        order = [*[*left][:-1], [*left][-1] + "x", "y" + [*right][0], *[*right][1:]]
+        (*outer, last), (first, *inner) = left, right
+        order = [*outer, last + "x", "y" + first, *inner]
     else:
         taps = {"t": prod(sides)} if sides else {}
         order = [*left, *taps, *right]

@@ -22,7 +22,8 @@ class AdmmTraining:
     """data, batch_size, seed, precision, checkpoint: as in `Finetune`. rho, growth, step: see `Pull`. learning_rate: of
     Adam, relative to the root mean square of every tensor, falling to zero as a cosine; matrices and kernels move ten
     times as fast as vectors. labels: share of the loss that is cross-entropy with the data's labels, the rest is the
-    distance to the network as it was. mix: as in `Finetune`. loss: of the network's output and the batch's target, in place of both."""
+    distance to the network as it was. mix: as in `Finetune`. loss: of the network's output and the batch's target, in
+    place of both."""
 
     word: ClassVar[str] = "training by ADMM"
     stage: ClassVar[str] = "admm"

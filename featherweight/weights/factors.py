@@ -36,8 +36,8 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 class Factors:
     """shape: (rows, cols). axes: letters whose sizes multiply to rows * cols, in the order of the matrix's entries.
     terms: the letters of every factor; sizes: of every letter. parts: the factors, each a matrix of (size of its term's
-    first letter, the others together). Decoding contracts two at a time, in the order of `plan`. shared: positions of factors that other weights hold as well, as the same
-    object."""
+    first letter, the others together). Decoding contracts two at a time, in the order of `plan`. shared: positions of
+    factors that other weights hold as well, as the same object."""
 
     kind: ClassVar[str] = "factors"
     shape: tuple[int, int]
