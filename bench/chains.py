@@ -83,8 +83,8 @@ def fitting(unit: Unit, form: str, times: float) -> Factors | None:
     while low < high:
         middle = (low + high + 1) // 2
         chain = chain_of(factors(unit, form, middle), unit.view)
-        assert chain is not None
-        low, high = (middle, high) if chain.numbers * times <= unit.params else (low, middle - 1)
+        fits = chain is not None and chain.numbers * times <= unit.params  # None: far larger than the layer
+        low, high = (middle, high) if fits else (low, middle - 1)
     return factors(unit, form, low) if low else None
 
 
