@@ -12,6 +12,7 @@ after the other; a ratio is of two times of the same round. Writes bench/results
 import argparse
 import copy
 import json
+import math
 import os
 import platform
 import statistics
@@ -31,6 +32,7 @@ from featherweight import chained, reuse_memory, scan
 from featherweight.artifact import Artifact, StoredUnit
 from featherweight.counting import counted
 from featherweight.data import Batch
+from featherweight.errors import UsageError
 from featherweight.layers import Unit
 from featherweight.stages import chain_of
 from featherweight.weights import Dense, Factors
@@ -82,10 +84,17 @@ def fitting(unit: Unit, form: str, times: float) -> Factors | None:
     low, high = 0, 16 * unit.view.shape[0]
     while low < high:
         middle = (low + high + 1) // 2
-        chain = chain_of(factors(unit, form, middle), unit.view)
-        fits = chain is not None and chain.numbers * times <= unit.params  # None: far larger than the layer
-        low, high = (middle, high) if fits else (low, middle - 1)
+        low, high = (middle, high) if numbers(unit, form, middle) * times <= unit.params else (low, middle - 1)
     return factors(unit, form, low) if low else None
+
+
+def numbers(unit: Unit, form: str, rank: int) -> float:
+    """What one position of the chain costs; infinite where factors or chain are far larger than the layer."""
+    try:
+        chain = chain_of(factors(unit, form, rank), unit.view)
+    except UsageError:
+        return math.inf
+    return math.inf if chain is None else chain.numbers
 
 
 def decomposed(make: Callable[[], nn.Module], form: str, times: float) -> nn.Module:
