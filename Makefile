@@ -10,7 +10,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)pip install --quiet --upgrade "pip>=25.1"
-	$(RUN)pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(RUN)pip install --quiet --no-compile --constraint constraints.txt --editable . --group dev
 	touch $@
 
 demo: setup ## compress a small network at several sizes
