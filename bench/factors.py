@@ -45,9 +45,9 @@ FILES = {  # network: (calibration, test, training data, (settings, of finetunin
             ("half", ""),
             ("--method rtn --bits 8", ""),
             ("--method rtn --bits 4", ""),
-            (ROWS, "--epochs 48 --batch-size 64 --mix 0.5"),
+            (ROWS, "--epochs 48 --batch-size 64 --mix 1"),
             (ROWS, "--epochs 48 --batch-size 64"),
-            (ROWS.replace("lowrank", "tt"), "--epochs 48 --batch-size 64 --mix 0.5"),
+            (ROWS.replace("lowrank", "tt"), "--epochs 48 --batch-size 64 --mix 1"),
         ),
     ),
     "resnet20_cifar10": (
