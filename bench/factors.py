@@ -47,7 +47,6 @@ FILES = {  # network: (calibration, test, training data, (settings, of finetunin
             ("--method rtn --bits 4", ""),
             (ROWS, "--epochs 48 --batch-size 64 --mix 1"),
             (ROWS, "--epochs 48 --batch-size 64"),
-            (ROWS.replace("lowrank", "tt"), "--epochs 48 --batch-size 64 --mix 1"),
         ),
     ),
     "resnet20_cifar10": (
