@@ -123,7 +123,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = Augmented(train) if options.augment else train
     test = batches(getattr(module, TEST)(), 500)[: 1 if options.smoke else None]
     common = {"precision": options.precision, "labels": options.labels, "batch_size": 128}
+    common |= {"learning_rate": options.learning_rate}
     known = {"network": NETWORK, "form": options.form, "keep": options.keep, "labels": options.labels}
+    known |= {"learning_rate": options.learning_rate}
     known |= {"before": top1(dense, test)}
     start = time.perf_counter()
     recipe = recipe_of(settings(options))
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--rho", type=float, default=fw.AdmmTraining(None).rho)
     parser.add_argument("--step", type=float, default=fw.AdmmTraining(None).step)
     parser.add_argument("--way", choices=("admm", "direct"), help="this one alone")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--labels", type=float, default=0.3)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--plain", dest="augment", action="store_false", help="images as they are")
