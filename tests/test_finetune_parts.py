@@ -153,6 +153,9 @@ def test_factors_move_like_kept_values_and_their_scales_like_scales():
     plain, scale = Variables.of(net, [unit], {unit.name: weight}).inner.values()
     assert (plain.start.shape, scale.start.shape) == ((64, 1), (1, 1))
     assert plain.pace == 10 * scale.pace
+    three = Dense(torch.ones(64, 1)), Dense(torch.ones(1, 1)), Dense(torch.ones(1, 64))
+    weight = Factors((64, 64), "oc", ("or", "rs", "sc"), sizes | {"s": 1}, three)
+    assert {v.pace for v in Variables.of(net, [unit], {unit.name: weight}).inner.values()} == {plain.pace / 2}
 
 
 def test_a_value_that_leaves_fp16_is_said():

@@ -22,6 +22,8 @@ T = TypeVar("T")
 SMALLEST = 0.01  # of a tensor: its root mean square counts as at least this, so that zeros can move
 FEW = 4  # entries of a matrix, at most, that share a number of which there are many
 MANY = 10.0  # times the learning rate: their pace. At 1 kept weights hardly move; 30 is no better (docs/finetune.md)
+# A factor of k moves at MANY / (k - 1), as a product moves with each of them: at MANY, cores of a ring of four lost more
+# in an epoch than there was to gain.
 
 
 @final
@@ -88,19 +90,22 @@ class Variables:
         device = device_of(small)
         held: dict[int, Tensor] = {}
         entries: dict[int, int] = {}  # of all matrices, or factors, that a tensor is part of
+        beside: dict[int, int] = {}  # how many others it is multiplied with, 1 at least
         first: dict[int, str] = {}
         fixed: dict[int, Tensor] = {}
         for unit in units:
             weight = weights[unit.names[0]]
-            for part in weight.parts if isinstance(weight, Factors) else (weight,):
+            parts = weight.parts if isinstance(weight, Factors) else (weight,)
+            for part in parts:
                 for tensor in continuous(part):
                     held[id(tensor)] = tensor
                     first.setdefault(id(tensor), unit.names[0])
+                    beside[id(tensor)] = max(beside.get(id(tensor), 1), len(parts) - 1)
                     entries[id(tensor)] = entries.get(id(tensor), 0) + part.shape[0] * part.shape[1]
             mapped(weight, lambda t: fixed.setdefault(id(t), t.to(device)))
         inner = {}
         for key, tensor in held.items():
-            pace = MANY if entries[key] <= FEW * tensor.numel() else 1.0
+            pace = MANY / beside[key] if entries[key] <= FEW * tensor.numel() else 1.0
             inner[key] = Variable.of(first[key], tensor, pace, device)
             del fixed[key]
         compressed = {n for u in units for n in u.names}
