@@ -22,8 +22,8 @@ T = TypeVar("T")
 SMALLEST = 0.01  # of a tensor: its root mean square counts as at least this, so that zeros can move
 FEW = 4  # entries of a matrix, at most, that share a number of which there are many
 MANY = 10.0  # times the learning rate: their pace. At 1 kept weights hardly move; 30 is no better (docs/finetune.md)
-# A factor of k moves at MANY / (k - 1), as a product moves with each of them: at MANY, cores of rings of four lost in an
-# epoch more than there was to gain.
+# A factor of k moves at MANY / (k - 1), as a product moves with each of them: at MANY, cores of rings lost in an epoch
+# more than there was to gain.
 
 
 @final
