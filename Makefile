@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: setup demo test check bench format
+.PHONY: setup demo test test-slow check bench format
 
 setup: $(VENV)/ready
 
@@ -16,8 +16,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup ## compress a small network at several sizes
 	$(RUN)featherweight demo
 
-test: setup ## all tests
+test: setup ## all tests but the slow ones
 	$(RUN)pytest --numprocesses 2 --dist worksteal
+
+test-slow: setup ## the whole runs that `make test` leaves out
+	$(RUN)pytest --numprocesses 2 --dist worksteal -m slow
 
 check: setup ## lint, formatting, types
 	$(RUN)ruff check .

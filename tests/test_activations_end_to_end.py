@@ -186,6 +186,7 @@ def test_a_target_is_met_with_activations():
         assert size <= fw.plan(tiny(), images(), recipe=recipe).file_bytes <= 1.2 * size
 
 
+@pytest.mark.slow
 # ---------------------------------------------------------------- command line
 def test_the_command_line_rounds_measures_and_shows(tmp_path, run):
     path = tmp_path / "small.fw"

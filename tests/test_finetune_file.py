@@ -215,6 +215,7 @@ def two_processes(*command: object) -> list[tuple[str, str]]:
     return done
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_with_batches_of_twice_the_size(small, tmp_path):
     outputs = tmp_path / "0.fw", tmp_path / "1.fw"
     done = two_processes("-c", ONE, small, tmp_path / "state", *outputs)

@@ -240,6 +240,7 @@ def test_networks_that_cannot_be_stored_are_refused_before_the_work(monkeypatch)
         fw.compress(model, images(), method=Gptq(GridSpec(4)))
 
 
+@pytest.mark.slow
 def test_a_target_holds_even_where_the_prediction_was_low():
     class Unreached(nn.Module):  # every weight that no sample reaches has a note in the file
         def __init__(self):

@@ -198,7 +198,7 @@ def test_what_cannot_be_pulled_is_refused():
     ):
         with pytest.raises(UsageError, match=said):
             Pull(net, Low(1), **wrong)
-    with pytest.raises(UsageError, match="leave out one"):
+    with pytest.raises(UsageError, match="nor mixed samples"):
         AdmmTraining(images(8), labels=0.5, loss=nn.functional.cross_entropy)
 
 
@@ -368,6 +368,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_do_what_one_does(tmp_path):
     paths = tmp_path / "0", tmp_path / "1"
     (said, _), (why, _) = two_processes("-c", TWO, *paths)

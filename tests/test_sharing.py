@@ -110,6 +110,7 @@ def test_finetuning_keeps_books_shared_and_brings_the_outputs_closer(data, tmp_p
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["16x"])
 def test_under_a_target_books_are_opened_where_their_bytes_come_back(data, tmp_path, target):
     small = fw.compress(digits.make(), data, target=Goal(target, among="additive", measurements=4))

@@ -203,6 +203,7 @@ def test_plan_says_what_would_be_assumed():
     assert planned.assumed.mismatch < planned.assumed.noise
 
 
+@pytest.mark.slow
 def test_the_command_line_without_data(run, tmp_path):
     file = tmp_path / "small.fw"
     shape = "--input-shape", "1,8,8"

@@ -634,7 +634,9 @@ def built(size=(2, 3, 1), book=(4, 2), count=1, **altered) -> Codebook:
         pytest.param(lambda: product(axes="o", shape=(3, 1)), "the letter 'c' once only", id="lonely-letter"),
         pytest.param(lambda: product(shape=(3, 4)), "do not multiply to 12", id="axes-do-not-fit"),
         pytest.param(
-            lambda: product((1, 1), "oc", ("or", "sc", "rs"), {"o": 1, "r": 2000, "s": 2000, "c": 1}, ()),
+            lambda: product(
+                (1, 1), "oc", ("ors", "rt", "stc"), dict(zip("orstc", (1, 1500, 1500, 1500, 1), strict=True)), ()
+            ),
             "far more memory",
             id="large-on-the-way",
         ),
