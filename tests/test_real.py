@@ -14,7 +14,11 @@ from tests.conftest import SHARED
 pytestmark = pytest.mark.real
 
 FIGURES = [  # network, calibration, test, settings, largest share of fp32 in percent, least top-1
-    ("resnet20_cifar10", "cifar10_calibration", "cifar10_test", "--method gptq --bits 3", 113_000 / 10843.92, 91.4),
+    pytest.param(
+        *("resnet20_cifar10", "cifar10_calibration", "cifar10_test", "--method gptq --bits 3"),
+        *(113_000 / 10843.92, 91.4),
+        marks=pytest.mark.slow,
+    ),
     ("lstm_speech", "speech_calibration", "speech_test", "--method obq --bits 8", 26, 86.2),
 ]
 

@@ -149,6 +149,7 @@ def test_wrong_settings(settings, said):
         method_of(settings)
 
 
+@pytest.mark.slow
 def test_the_command_line(run, tmp_path):
     out = tmp_path / "small.fw"
     given = ("featherweight.demo.digits:make", "--data", "featherweight.demo.digits:calibration")
