@@ -255,10 +255,9 @@ def _name(letters: _Letters, links: Sequence[Link]) -> str:
         return "cp"
     if not middle:
         with_taps = [prod(x.kernel) > 1 for x in links]
-        many = len(letters.terms) > 2
+        if len(letters.terms) > 2:
+            return "tensor ring" if len(around) > 1 else "tensor train"
         if all(with_taps):
             return "spatial"
-        if many:
-            return "tensor ring" if len(around) > 1 else "tensor train"
         return "low rank" if not any(with_taps) else "rows" if with_taps[0] else "cols"
     return "tucker" if len(letters.terms) <= 3 else "tensor train"

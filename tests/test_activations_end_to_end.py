@@ -186,8 +186,8 @@ def test_a_target_is_met_with_activations():
         assert size <= fw.plan(tiny(), images(), recipe=recipe).file_bytes <= 1.2 * size
 
 
-@pytest.mark.slow
 # ---------------------------------------------------------------- command line
+@pytest.mark.slow
 def test_the_command_line_rounds_measures_and_shows(tmp_path, run):
     path = tmp_path / "small.fw"
     command = ("compress", MAKE, "--data", DATA, "--method", "rtn", "--bits", 8, "--test", TEST, "-o", path)

@@ -12,6 +12,7 @@ from featherweight.chains.layers import sequence
 from featherweight.counting import chain_macs, counted, dense_macs, places
 from featherweight.data import Batch
 from featherweight.layers import View
+from featherweight.methods.forms import form_at
 from featherweight.stages import chain_of, stored_as
 from featherweight.weights import Dense, Factors
 from featherweight.weights.factors import matrix_of
@@ -138,3 +139,12 @@ def test_other_dimensions(kind, kernel, x):
         spatial = factors((OUT, IN * 12), "oidyx", "odr,riyx", sizes)
         made = check(kind(IN, OUT, kernel, stride=(1, 2, 1), padding=(1, 0, 1)), spatial, x)
         assert [m.kernel_size for m in made] == [(1, 2, 2), (3, 1, 1)]
+
+
+@pytest.mark.parametrize(("form", "name"), [("spatial", "spatial"), ("tt", "tensor train"), ("tr", "tensor ring")])
+def test_forms_of_a_usual_layer_can_be_stored_and_are_called_what_they_are(form, name):
+    """A ring of 64 channels, contracted from left to right, would be forty times as large as the matrix on the way."""
+    chosen = form_at(form, (64, 576), (3, 3), 0.36)
+    parts = tuple(Dense(torch.zeros(matrix_of(t, chosen.sizes))) for t in chosen.terms)
+    weight = Factors((64, 576), chosen.axes, chosen.terms, dict(chosen.sizes), parts)
+    assert stored_as(weight, View((64, 64, 3, 3))).startswith(f"{name} r=")
