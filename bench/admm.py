@@ -124,8 +124,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     test = batches(getattr(module, TEST)(), 500)[: 1 if options.smoke else None]
     common = {"precision": options.precision, "labels": options.labels, "batch_size": 128}
     common |= {"learning_rate": options.learning_rate}
+    pulling = common | {"learning_rate": options.admm_rate}
     known = {"network": NETWORK, "form": options.form, "keep": options.keep, "labels": options.labels}
-    known |= {"learning_rate": options.learning_rate}
+    known |= {"learning_rate": options.learning_rate, "admm_rate": options.admm_rate}
     known |= {"before": top1(dense, test)}
     start = time.perf_counter()
     recipe = recipe_of(settings(options))
@@ -133,7 +134,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.way == "direct":
         return [direct(dense, data, common, known, options)]
     place = None if options.state is None else options.state / "admm"
-    how = fw.AdmmTraining(data, options.epochs, options.rho, step=options.step, checkpoint=place, **common)
+    how = fw.AdmmTraining(data, options.epochs, options.rho, step=options.step, checkpoint=place, **pulling)
     net, pulled = fw.admm(dense, methods, how, told)
     if not options.smoke:
         save_residuals(pulled, RESULTS / f"admm-{options.form}.png")
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=fw.AdmmTraining(None).step)
     parser.add_argument("--way", choices=("admm", "direct"), help="this one alone")
     parser.add_argument("--learning-rate", type=float, default=fw.Finetune(None).learning_rate)
+    parser.add_argument("--admm-rate", type=float, default=fw.AdmmTraining(None).learning_rate, help="of the ADMM epochs")
     parser.add_argument("--labels", type=float, default=0.3)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--plain", dest="augment", action="store_false", help="images as they are")
