@@ -190,7 +190,8 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=fw.AdmmTraining(None).step)
     parser.add_argument("--way", choices=("admm", "direct"), help="this one alone")
     parser.add_argument("--learning-rate", type=float, default=fw.Finetune(None).learning_rate)
-    parser.add_argument("--admm-rate", type=float, default=fw.AdmmTraining(None).learning_rate, help="of the ADMM epochs")
+    rate = fw.AdmmTraining(None).learning_rate
+    parser.add_argument("--admm-rate", type=float, default=rate, help="learning rate of the epochs of ADMM")
     parser.add_argument("--labels", type=float, default=0.3)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--plain", dest="augment", action="store_false", help="images as they are")
