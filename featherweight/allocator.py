@@ -27,6 +27,7 @@ from featherweight.methods.additive import additive_of
 from featherweight.packing import packed
 from featherweight.search import Choices, Task
 from featherweight.weights import Sparse, Weight
+from featherweight.weights.coded import stored_bytes
 
 MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
 SETTLING = 4  # times that the size of everything but the weights is looked at again
@@ -176,7 +177,7 @@ class Allocator:
                 reading = self.candidates[names[r]][choices[r]].solution.weight
                 needed = channels_read(reading, self.found.units[r])
                 weight = weight if needed.all() else without_rows(weight, unit, needed)
-            self.known[key] = {"bytes": weight.bits() // 8} | self._operations(unit, weight)
+            self.known[key] = {"bytes": stored_bytes(weight)} | self._operations(unit, weight)
         return self.known[key]
 
     def each(self, choices: Choices) -> Choices:

@@ -23,6 +23,8 @@ from featherweight.layers import Unit, matching
 from featherweight.methods import (
     Additive,
     Channels,
+    Ecq,
+    EcqBits,
     Factorize,
     Gptq,
     GridSpec,
@@ -38,11 +40,13 @@ from featherweight.methods import (
 )
 from featherweight.methods.additive import NARROW, WIDTH
 from featherweight.methods.books import vectors_of
+from featherweight.methods.ecq import LEAST, MOST
 from featherweight.methods.factoring import SWEEPS
 from featherweight.stages import Chain, chain_of
 from featherweight.stats import LayerStats
 from featherweight.target import Among, Goal
 from featherweight.weights import Codebook, Factors, Grid, Sparse, Weight
+from featherweight.weights.coded import stored_bytes
 from featherweight.weights.masks import BoxMap, ChannelMap, RowMap
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -51,6 +55,9 @@ JOINT = {0.3: (3, 4, 5), 0.5: (3, 4, 5), 0.7: (3, 4, 5), 0.85: (3, 4)}
 STRUCTURE = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of the input channels
 CHANNEL_BITS = (3, 4, 5, 8)
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
+STEPS = tuple(
+    2 ** (k / 4) for k in range(-14, 12)
+)  # of entropy-coded grids, in root mean squares: about 5.6 to 0.3 bits
 RATES = (1.5, 2.0, 3.0)  # bits a weight of additive quantization
 KEEP = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)  # shares of the numbers that factors have
 FACTOR_BITS = (4, 8)  # of their grids, where bytes or BOPs are limited
@@ -84,7 +91,9 @@ def forms(unit: Unit, goal: Goal, with_data: bool = True, weights: int = 0) -> l
         return _plain(goal) + _factored(unit, goal, with_data)
     if goal.structured:
         return _structured(unit, goal)
-    found = _unstructured(unit, goal.among, with_data) + (_additive(unit, goal, weights) if with_data else [])
+    coded = goal.target is not None and goal.bops is None and goal.among in ("quantize", "both", "all")
+    found: list[Method] = [Ecq(step) for step in STEPS] if coded else []
+    found += _unstructured(unit, goal.among, with_data) + (_additive(unit, goal, weights) if with_data else [])
     return found + (_factored(unit, goal, with_data) if goal.params is not None and goal.among == "all" else [])
 
 
@@ -177,10 +186,12 @@ def _factor_bits(goal: Goal) -> tuple[int, ...]:
     return () if goal.target is None and goal.bops is None else FACTOR_BITS
 
 
-def refined(method: Method) -> Method:
-    """The better form of a candidate's method, which takes longer and stores as much; books are fitted anew, as fewer
-    weights use them."""
+def refined(method: Method, bits: float) -> Method:
+    """The better form of a candidate's method, which takes longer and stores as much, `bits` a weight; books are fitted
+    anew, as fewer weights use them."""
     match method:
+        case Ecq():
+            return EcqBits(min(max(round(bits, 4), LEAST), MOST), method.damp)
         case Additive():
             return replace(method, width=WIDTH, books=None)
         case Gptq():
@@ -231,10 +242,10 @@ def solve_candidates(
                 solution, _ = store.solve(method, w, seen, shared)
             except SolveError as error:
                 raise SolveError(f"{unit.name}: {error}") from error
-            final = method if unit.name in fixed else refined(method)
+            size, lost = stored_bytes(solution.weight), rise(unit, solution)
+            final = method if unit.name in fixed else refined(method, 8 * size / w.numel())
             own = positions, input_bits.get(unit.name, 0), clock, (calls or {}).get(unit.name, ())
             counted = operations(solution.weight, unit, *own)
-            size, lost = solution.weight.bits() // 8, rise(unit, solution)
             rows.append(Candidate(method, final, solution, bytes=size, rise=lost, **counted))
             done += 1
             progress("candidates", done, total)

@@ -38,6 +38,7 @@ SOURCES = (  # all that a solver is made of (a test follows the imports), and th
     "_linalg.py",
     "_pack.py",
     "calls.py",
+    "coding/**/*.py",
     "data.py",
     "errors.py",
     "layers.py",

@@ -18,6 +18,7 @@ from featherweight.methods import (
     Blocks,
     Channels,
     DictionaryPairs,
+    EcqBits,
     Factorize,
     Gptq,
     GridSpec,
@@ -91,8 +92,8 @@ def _check_activations(bits: Any) -> None:
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
-    """The method that settings name: `method` (rtn, gptq, obq, additive, magnitude, obs, admm, dictionary, or a form of
-    factors), `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any
+    """The method that settings name: `method` (rtn, gptq, obq, ecq, additive, magnitude, obs, admm, dictionary, or a
+    form of factors), `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any
     weights), `group`, `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes
     with; of additive quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books`
     (words that are added up); of factors (lowrank, spatial, tucker, tt, tr, cp, or factors for the best of several)
@@ -117,8 +118,8 @@ def method_of(settings: Mapping[str, Any]) -> Method:
         raise UsageError(f"unknown setting {unknown[0]!r}; expected one of {', '.join(SETTINGS)}")
     by_cost = "method" not in given and ("sparsity" in given or "pattern" in given)
     name = given.pop("method", "obs" if "sparsity" in given or "pattern" in given else "obq")
-    if name not in (*QUANTIZERS, *PRUNERS, *FACTORS, "additive", "dictionary"):
-        known = ", ".join((*QUANTIZERS, "additive", *PRUNERS, "dictionary", *FACTORS))
+    if name not in (*QUANTIZERS, *PRUNERS, *FACTORS, "additive", "ecq", "dictionary"):
+        known = ", ".join((*QUANTIZERS, "ecq", "additive", *PRUNERS, "dictionary", *FACTORS))
         raise UsageError(f"unknown method {name!r}; expected one of {known}")
     if name == "dictionary":
         pairs = _pairs(given)
@@ -129,6 +130,12 @@ def method_of(settings: Mapping[str, Any]) -> Method:
         raise UsageError(f"method '{name}' has no setting 'damp'")
     if name in FACTORS:
         return _factors(given, name, damp)
+    if name == "ecq":
+        if "bits" not in given:
+            raise UsageError("method 'ecq' needs a number of bits a weight, for example --bits 1.8")
+        coded = EcqBits(_number(given.pop("bits"), "bits"), **damp)
+        _nothing_left(given, name)
+        return coded
     if name == "additive":
         vectors = _additive(given, damp)
         _nothing_left(given, name)

@@ -22,6 +22,7 @@ from featherweight.stages import stored_as
 from featherweight.synthesis import Assumed
 from featherweight.target import Baselines
 from featherweight.weights import Factors
+from featherweight.weights.coded import stored_bytes
 
 FULL = 0.98  # of a budget: below, people are told why
 
@@ -93,16 +94,17 @@ def rows_of(artifact: Artifact) -> tuple[Row, ...]:
         weight = unit.weight
         params = weight.shape[0] * weight.shape[1]
         kind = str(weight.meta().get("values", weight.kind)) if weight.kind == "sparse" else weight.kind
-        stored = weight.kind if kind == weight.kind else f"{weight.kind} {kind}"
+        stored_kind = weight.kind if kind == weight.kind else f"{weight.kind} {kind}"
+        stored = stored_bytes(weight)
         rows.append(
             Row(
                 " = ".join(unit.names),
                 unit.view.shape,
-                stored_as(weight, unit.view) if isinstance(weight, Factors) else stored,
+                stored_as(weight, unit.view) if isinstance(weight, Factors) else stored_kind,
                 unit.method,
                 params,
-                weight.bits() // 8,
-                weight.bits() / params,
+                stored,
+                8 * stored / params,
                 unit.error,
                 unit.note,
                 None if unit.input is None else unit.input.bits,

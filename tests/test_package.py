@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "featherweight"
 LAYERS = [  # a module imports only from its own line or the lines above
     {"errors"},
     {"_memory", "_pack", "_linalg", "knapsack"},
+    {"coding"},
     {"weights"},
     {"layers", "data"},
     {"calls"},

@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from featherweight.activations import ActivationGrid, is_scale
+from featherweight.artifact.checks import DENSEST, FREE, is_count, keys, listed, shape_of, text
 from featherweight.artifact.schema import BLANK, KEY, LARGEST, MARK, STREAMS, VERSIONS, Artifact, FoldedNorm, StoredUnit
+from featherweight.artifact.streams import Stream, decode_streams, streams_of
 from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.weights import KINDS, Codebook, Dense, Factor, Factors, Grid, Sparse, books_of, shared_factors
+from featherweight.weights.base import Layout
 from featherweight.weights.codebook import LONGEST, MOST_BITS, MOST_BOOKS
+from featherweight.weights.coded import uncoded
 from featherweight.weights.factors import largest
 from featherweight.weights.masks import BoxMap
 
 _KINDS = {kind.kind: kind for kind in KINDS}
-_MAX_DIM = 2**40
-_FREE, _DENSEST = 2**24, 4096  # entries that any file may claim, and for each of its bytes
 _MAX_DEPTH = 32
-_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")  # what may break a line or steer a terminal
 
 
 def read(path: Path) -> Artifact:
@@ -58,23 +57,28 @@ def from_bytes(data: bytes) -> Artifact:
 
 
 def _artifact(data: bytes) -> Artifact:
-    contents = _contents(data)
-    streams = _streams(data)
-    methods = [_text(m, "methods") for m in _list(contents["methods"], "methods")]
+    header = _header(data)
+    streams = streams_of(data)
+    contents = _contents(header, streams["u8"])
+    decode_streams(contents.get("streams", {}), streams, len(data))
+    methods = [text(m, "methods") for m in listed(contents["methods"], "methods")]
     version = contents["format"]
-    books = [_book(shape, i, streams) for i, shape in enumerate(_list(contents.get("books", []), "books"))]
-    entries = enumerate(_list(contents["units"], "units"))
-    claims = _Claims(max(_FREE, _DENSEST * len(data)))
+    books = [_book(shape, i, streams) for i, shape in enumerate(listed(contents.get("books", []), "books"))]
+    entries = enumerate(listed(contents["units"], "units"))
+    claims = _Claims(max(FREE, DENSEST * len(data)))
     common = [
-        _factor(entry, i, streams, claims) for i, entry in enumerate(_list(contents.get("factors", []), "factors"))
+        _factor(entry, i, streams, claims) for i, entry in enumerate(listed(contents.get("factors", []), "factors"))
     ]
     units = [_unit(entry, i, methods, streams, version, claims, books, common) for i, entry in entries]
     if len({id(b) for u in units for b in books_of(u.weight)}) != len(books):
         raise FormatError("a book is used by no weight")
     if len({id(f) for u in units for f in shared_factors(u.weight)}) != len(common):
         raise FormatError("a shared factor is used by no weight")
-    rest = dict(_rest(entry, i, streams) for i, entry in enumerate(_list(contents["rest"], "rest")))
-    norms = [_norm(entry, i, streams) for i, entry in enumerate(_list(contents["batchnorm"], "batchnorm"))]
+    rest: dict[str, Tensor] = {}
+    for i, entry in enumerate(listed(contents["rest"], "rest")):
+        name, tensor = _rest(entry, i, streams, rest if version >= 6 else {})
+        rest[name] = tensor
+    norms = [_norm(entry, i, streams) for i, entry in enumerate(listed(contents["batchnorm"], "batchnorm"))]
     for stream in streams.values():
         stream.finish()
     names = [n for u in units for n in u.names] + [n for x in norms for n in x.tensors()] + list(rest)
@@ -85,8 +89,8 @@ def _artifact(data: bytes) -> Artifact:
     return Artifact(tuple(units), rest, tuple(norms), contents["about"])
 
 
-def _contents(data: bytes) -> dict[str, Any]:
-    """The table of contents, after the checksum was found right."""
+def _header(data: bytes) -> dict[str, Any]:
+    """The metadata of a file whose checksum is right, and whose tensors are named as they should be."""
     if len(data) < 8 or not 2 <= (size := int.from_bytes(data[:8], "little")) <= len(data) - 8:
         raise FormatError("not a featherweight file, or truncated: it ends before its header does")
     try:
@@ -94,7 +98,7 @@ def _contents(data: bytes) -> dict[str, Any]:
         contents = json.loads(header["__metadata__"][KEY], object_pairs_hook=_unique)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise FormatError("not a featherweight file, or its header is damaged") from None
-    if not isinstance(contents, dict) or not _is_count(contents.get("format")):
+    if not isinstance(contents, dict) or not is_count(contents.get("format")):
         raise FormatError("not a featherweight file: its header names no format version")
     if contents["format"] not in VERSIONS:
         known = ", ".join(map(str, VERSIONS))
@@ -110,28 +114,38 @@ def _contents(data: bytes) -> dict[str, Any]:
     blank = data.replace(stamped, MARK + BLANK.encode())
     if hashlib.blake2b(blank, digest_size=16).hexdigest() != digest:
         raise FormatError("damaged: the checksum does not fit; the file was altered or not copied whole")
-    if contents["format"] >= 4:
-        contents = _unpacked(contents)
-    if not _is_plain(contents):
-        raise FormatError("the header holds a number, a text or a nesting that not every JSON reader accepts")
-    _keys(header.pop("__metadata__"), "the safetensors metadata", (KEY,))
+    keys(header.pop("__metadata__"), "the safetensors metadata", (KEY,))
     for name, entry in header.items():
-        _keys(entry, f"tensor {name!r}", ("dtype", "shape", "data_offsets"))
+        keys(entry, f"tensor {name!r}", ("dtype", "shape", "data_offsets"))
         flat = isinstance(entry["shape"], list) and len(entry["shape"]) == 1
         if name not in STREAMS or entry["dtype"] != name.upper() or not flat:
             raise FormatError(f"tensor {name!r} must be a vector, named after its type, one of {list(STREAMS)}")
-    needed = ("format", "checksum", "methods", "units", "rest", "batchnorm", "about")
-    optional = ("books",) if contents["format"] == 4 else ("books", "factors") if contents["format"] >= 5 else ()
-    _keys(contents, "the header", needed, optional)
     return contents
 
 
-def _unpacked(contents: dict[str, Any]) -> dict[str, Any]:
-    """The whole table of contents of version 4. Nothing larger than LARGEST is ever made."""
-    _keys(contents, "the header", ("format", "checksum", "packed"))
+def _contents(contents: dict[str, Any], u8: Stream) -> dict[str, Any]:
+    """The whole table of contents, its fields being those of its version."""
+    if contents["format"] >= 4:
+        contents = _unpacked(contents, u8)
+    if not _is_plain(contents):
+        raise FormatError("the header holds a number, a text or a nesting that not every JSON reader accepts")
+    needed = ("format", "checksum", "methods", "units", "rest", "batchnorm", "about")
+    optional = {4: ("books",), 5: ("books", "factors"), 6: ("books", "factors", "streams")}.get(contents["format"], ())
+    keys(contents, "the header", needed, optional)
+    return contents
+
+
+def _unpacked(contents: dict[str, Any], u8: Stream) -> dict[str, Any]:
+    """The whole table of contents of version 4, or 6, where it is at the beginning of the bytes. Nothing larger than
+    LARGEST is ever made."""
+    keys(contents, "the header", ("format", "checksum", "packed"))
+    place = contents["packed"]
     try:
+        if contents["format"] >= 6 and not is_count(place):
+            raise ValueError
+        given = b85decode(place) if contents["format"] < 6 else u8.take(place, "the contents").numpy().tobytes()
         stream = zlib.decompressobj()
-        text = stream.decompress(b85decode(contents["packed"]), LARGEST)
+        text = stream.decompress(given, LARGEST)
         if not stream.eof or stream.unused_data:
             raise ValueError
         inner = json.loads(text, object_pairs_hook=_unique)
@@ -178,63 +192,33 @@ class _Claims:
             raise FormatError(f"{where}: the weights have more entries than a file of this size may claim")
 
 
-@final
-@dataclass(slots=True)
-class _Stream:
-    """All payload of one element type, taken piece by piece."""
-
-    name: str
-    values: Tensor
-    taken: int = 0
-
-    def take(self, count: int, where: str) -> Tensor:
-        if count > len(self.values) - self.taken:
-            left = len(self.values) - self.taken
-            raise FormatError(f"{where} needs {count} elements of '{self.name}', {left} are left")
-        self.taken += count
-        return self.values[self.taken - count : self.taken]
-
-    def finish(self) -> None:
-        if self.taken != len(self.values):
-            raise FormatError(f"'{self.name}' has {len(self.values) - self.taken} elements that nothing uses")
-
-
-def _streams(data: bytes) -> dict[str, _Stream]:
-    try:
-        tensors = load_safetensors(data)
-    except SafetensorError as error:
-        raise FormatError(f"damaged: {error}") from None
-    if "bool" in tensors and (tensors["bool"].view(torch.uint8) > 1).any():
-        raise FormatError("'bool' holds bytes other than 0 and 1")
-    empty = {name: torch.empty(0, dtype=dtype) for name, dtype in STREAMS.items()}
-    return {name: _Stream(name, values) for name, values in (empty | tensors).items()}
-
-
 def _unit(
     entry: Any,
     i: int,
     methods: list[str],
-    streams: dict[str, _Stream],
+    streams: dict[str, Stream],
     version: int,
     claims: _Claims,
     books: list[Tensor],
     common: list[Factor],
 ) -> StoredUnit:
     where = f"units[{i}]"
-    optional = ("transposed_groups", "error", "note", "input")[: 3 if version == 1 else 4]
-    _keys(entry, where, ("names", "shape", "method", "weight"), optional)
+    optional = ("transposed_groups", "error", "note", "input", "coded")[
+        : 3 if version == 1 else 4 if version < 6 else 5
+    ]
+    keys(entry, where, ("names", "shape", "method", "weight"), optional)
     mask = entry["weight"].get("mask") if isinstance(entry["weight"], dict) else None
     if version == 1 and mask is not None:
         raise FormatError(f"{where}: version 1 has no masks of patterns")
     if version == 2 and isinstance(mask, dict) and mask.get("kind") == BoxMap.kind:
         raise FormatError(f"{where}: version 2 has no masks of rows and channels together")
-    names = tuple(_text(n, f"{where}.names") for n in _list(entry["names"], f"{where}.names"))
-    shape = _shape(entry["shape"], f"{where}.shape")
+    names = tuple(text(n, f"{where}.names") for n in listed(entry["names"], f"{where}.names"))
+    shape = shape_of(entry["shape"], f"{where}.shape")
     groups = entry.get("transposed_groups", 0)
-    if not _is_count(groups) or (groups and (len(shape) < 2 or shape[0] % groups)):
+    if not is_count(groups) or (groups and (len(shape) < 2 or shape[0] % groups)):
         raise FormatError(f"{where}: transposed_groups {groups!r} does not fit shape {list(shape)}")
     method, error = entry["method"], entry.get("error")
-    if not names or not _is_count(method) or method >= len(methods) or not isinstance(error, float | None):
+    if not names or not is_count(method) or method >= len(methods) or not isinstance(error, float | None):
         raise FormatError(f"{where}: names, method or error are not valid")
     view = View(shape, groups)
     meta = entry["weight"]
@@ -251,24 +235,38 @@ def _unit(
         shared["shared"] = _shared(fields, common, where)
     try:
         layout = kind.layout(view.matrix_shape, fields)
-        pieces = {f: _piece(streams, dtype, n, f"{where}.{f}") for f, (dtype, n) in layout.items()}
+        coded = _coded(entry.get("coded", {}), layout, f"{where}.coded")
+        sizes = {f: (dtype, coded.get(f, n)) for f, (dtype, n) in layout.items()}
+        pieces = {f: _piece(streams, dtype, n, f"{where}.{f}") for f, (dtype, n) in sizes.items()}
         entries = view.matrix_shape[0] * view.matrix_shape[1] * max(len(own), 1)
         most = largest(fields["axes"], fields["terms"], fields["sizes"]) if kind is Factors else 0
         claims.take(max(entries, most), where)
         pieces |= {f"book{m}": book for m, book in enumerate(own)}
+        if coded:
+            pieces = uncoded(kind, view.matrix_shape, fields, pieces, frozenset(coded))
         weight = kind.load(view.matrix_shape, fields, pieces, **shared)
     except FormatError as wrong:
         raise FormatError(f"{names[0]}: {wrong}") from None
-    note = _text(entry.get("note", ""), f"{where}.note")
+    note = text(entry.get("note", ""), f"{where}.note")
     rounded = _input(entry["input"], f"{where}.input") if "input" in entry else None
     return StoredUnit(names, view, weight, methods[method], error, note, rounded)
 
 
-def _factor(entry: Any, i: int, streams: dict[str, _Stream], claims: _Claims) -> Factor:
+def _coded(said: Any, layout: Layout, where: str) -> dict[str, int]:
+    """Bytes of the fields that are coded."""
+    if not isinstance(said, dict) or not all(name in layout and layout[name][0] == torch.uint8 for name in said):
+        raise FormatError(f"{where} must be an object of fields of whole numbers, got {said!r}")
+    for name, size in said.items():
+        if not is_count(size) or size >= layout[name][1]:
+            raise FormatError(f"{where}.{name} must be fewer bytes than {layout[name][1]}, got {size!r}")
+    return said
+
+
+def _factor(entry: Any, i: int, streams: dict[str, Stream], claims: _Claims) -> Factor:
     """A factor that weights share."""
     where = f"factors[{i}]"
-    _keys(entry, where, ("shape", "weight"))
-    shape = _shape(entry["shape"], f"{where}.shape")
+    keys(entry, where, ("shape", "weight"))
+    shape = shape_of(entry["shape"], f"{where}.shape")
     meta = entry["weight"]
     if len(shape) != 2 or not isinstance(meta, dict) or meta.get("kind") not in ("dense", "grid"):
         raise FormatError(f"{where} must be a matrix of kind 'dense' or 'grid'")
@@ -288,7 +286,7 @@ def _shared(fields: dict[str, Any], common: list[Factor], where: str) -> dict[in
     found: dict[int, Factor] = {}
     if isinstance(fields.get("factors"), list):
         for k, entry in enumerate(fields["factors"]):
-            if entry is None or (not isinstance(entry, dict) and not (_is_count(entry) and entry < len(common))):
+            if entry is None or (not isinstance(entry, dict) and not (is_count(entry) and entry < len(common))):
                 raise FormatError(
                     f"{where}: a factor must be an object or the number of one of {len(common)} shared ones"
                 )
@@ -306,10 +304,10 @@ def _numbers(meta: dict[str, Any], count: int, version: int, where: str) -> list
         return []
     if version < 4:
         raise FormatError(f"{where}: version {version} has no weights made of books")
-    numbers = _list(meta.get("books"), f"{where}.books")
+    numbers = listed(meta.get("books"), f"{where}.books")
     if not 1 <= len(numbers) <= MOST_BOOKS:
         raise FormatError(f"{where}: a weight is made of 1 to {MOST_BOOKS} books, got {len(numbers)}")
-    if not all(_is_count(n) and n < count for n in numbers):
+    if not all(is_count(n) and n < count for n in numbers):
         raise FormatError(f"{where}: books must be numbers of the file's {count} books, got {numbers!r}")
     return numbers
 
@@ -326,9 +324,9 @@ def _cut(books: list[Tensor], fields: dict[str, Any], where: str) -> dict[str, A
     return cut
 
 
-def _book(shape: Any, i: int, streams: dict[str, _Stream]) -> Tensor:
+def _book(shape: Any, i: int, streams: dict[str, Stream]) -> Tensor:
     where = f"books[{i}]"
-    if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or len(shape) != 2 or not all(map(is_count, shape)):
         raise FormatError(f"{where} must be [words, d], got {shape!r}")
     words, d = shape
     if words not in [2**n for n in range(1, MOST_BITS + 1)] or not 1 <= d <= LONGEST:
@@ -341,64 +339,37 @@ def _book(shape: Any, i: int, streams: dict[str, _Stream]) -> Tensor:
 
 
 def _input(entry: Any, where: str) -> ActivationGrid:
-    _keys(entry, where, ("bits", "scale", "zero"))
+    keys(entry, where, ("bits", "scale", "zero"))
     bits, scale, zero = entry["bits"], entry["scale"], entry["zero"]
-    if not _is_count(bits) or not 2 <= bits <= 8:
+    if not is_count(bits) or not 2 <= bits <= 8:
         raise FormatError(f"{where}: bits must be 2 to 8, got {bits!r}")
     if not is_scale(scale):
         raise FormatError(f"{where}: scale must be a positive number that float32 holds exactly, got {scale!r}")
-    if not _is_count(zero) or zero >= 2**bits:
+    if not is_count(zero) or zero >= 2**bits:
         raise FormatError(f"{where}: zero must be a code of {bits} bits, got {zero!r}")
     return ActivationGrid(bits, scale, zero)
 
 
-def _piece(streams: dict[str, _Stream], dtype: torch.dtype, count: int, where: str) -> Tensor:
+def _piece(streams: dict[str, Stream], dtype: torch.dtype, count: int, where: str) -> Tensor:
     return next(s for name, s in streams.items() if STREAMS[name] == dtype).take(count, where)
 
 
-def _rest(entry: Any, i: int, streams: dict[str, _Stream]) -> tuple[str, Tensor]:
+def _rest(entry: Any, i: int, streams: dict[str, Stream], known: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """A tensor and its name. known: those before it, one of which it may be again."""
     where = f"rest[{i}]"
+    if isinstance(entry, list) and len(entry) == 2 and entry[1] in known:
+        return text(entry[0], where), known[entry[1]]
     if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[1], str) or entry[1] not in STREAMS:
         raise FormatError(f"{where} must be [name, type, shape]")
-    shape = _shape(entry[2], where, least=0)
-    return _text(entry[0], where), streams[entry[1]].take(prod(shape), where).reshape(shape)
+    shape = shape_of(entry[2], where, least=0)
+    return text(entry[0], where), streams[entry[1]].take(prod(shape), where).reshape(shape)
 
 
-def _norm(entry: Any, i: int, streams: dict[str, _Stream]) -> FoldedNorm:
+def _norm(entry: Any, i: int, streams: dict[str, Stream]) -> FoldedNorm:
     where = f"batchnorm[{i}]"
-    if not isinstance(entry, list) or len(entry) != 4 or entry[1] not in ("f16", "f32") or not _is_count(entry[2]):
+    if not isinstance(entry, list) or len(entry) != 4 or entry[1] not in ("f16", "f32") or not is_count(entry[2]):
         raise FormatError(f"{where} must be [name, type, channels, eps]")
     if not isinstance(entry[3], float) or not 0 <= entry[3] < 1:
         raise FormatError(f"{where}: eps must be a number from 0 to 1, got {entry[3]!r}")
     scale, shift = (streams[entry[1]].take(entry[2], where) for _ in range(2))
-    return FoldedNorm(_text(entry[0], where), scale, shift, entry[3])
-
-
-def _keys(entry: Any, where: str, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    if not isinstance(entry, dict) or not set(needed) <= set(entry) <= {*needed, *optional}:
-        got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise FormatError(f"{where} must have the fields {sorted(needed)}, got {got}")
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise FormatError(f"'{where}' must be a list")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or _CONTROL.search(value):
-        raise FormatError(f"'{where}' must be text without control characters, got {value!r}")
-    return value
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_DIM
-
-
-def _shape(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > 16 or not all(_is_count(n) and n >= least for n in value):
-        raise FormatError(f"{where} is not a shape: {value!r}")
-    if (least and not value) or prod(max(n, 1) for n in value) >= _MAX_DIM:
-        raise FormatError(f"{where} is not a shape that a tensor here can have: {value!r}")
-    return tuple(value)
+    return FoldedNorm(text(entry[0], where), scale, shift, entry[3])

@@ -17,14 +17,17 @@ from torch import Tensor
 
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import BLANK, KEY, MARK, STREAM_OF, VERSIONS, Artifact
+from featherweight.coding import encode_floats
 from featherweight.errors import FormatError, UsageError
 from featherweight.weights import Factors, books_of, shared_factors
+from featherweight.weights.coded import coded as codes_of
 from featherweight.weights.factors import Factor
 from featherweight.weights.masks import BoxMap
 
 
-def to_bytes(artifact: Artifact) -> bytes:
-    """The whole file."""
+def to_bytes(artifact: Artifact, coded: bool = True) -> bytes:
+    """The whole file. coded: with everything entropy-coded that gets shorter by it; otherwise it is of the first format
+    version that can say what is in it."""
     streams: dict[str, list[Tensor]] = {}
 
     def put(tensor: Tensor) -> str:
@@ -54,8 +57,9 @@ def to_bytes(artifact: Artifact) -> bytes:
                 for tensor in part.tensors().values():
                     put(tensor)
     for unit in artifact.units:
-        for tensor in unit.weight.tensors().values():
-            put(tensor)
+        own_coded = codes_of(unit.weight) if coded else {}
+        for name, tensor in unit.weight.tensors().items():
+            put(own_coded.get(name, tensor))
         entry: dict[str, Any] = {"names": unit.names, "shape": unit.view.shape, "method": methods.index(unit.method)}
         if unit.view.transposed_groups:
             entry["transposed_groups"] = unit.view.transposed_groups
@@ -65,6 +69,8 @@ def to_bytes(artifact: Artifact) -> bytes:
             entry["note"] = unit.note
         if unit.input is not None:
             entry["input"] = asdict(unit.input)
+        if own_coded:
+            entry["coded"] = {name: len(t) for name, t in own_coded.items()}
         own = [books[_contents(book)] for book in books_of(unit.weight)]
         weight = {"kind": unit.weight.kind} | unit.weight.meta() | ({"books": own} if own else {})
         if own:  # the books say how long vectors and how wide codes are
@@ -73,8 +79,10 @@ def to_bytes(artifact: Artifact) -> bytes:
             shared = iter([common[_factor(part)] for part in shared_factors(unit.weight)])
             weight["factors"] = [next(shared) if f is None else f for f in weight["factors"]]
         units.append(entry | {"weight": weight})
+    known: dict[bytes, str] = {}
     for name, tensor in artifact.rest.items():
-        rest.append([name, put(tensor), list(tensor.shape)])
+        first = known.setdefault(_tensor(tensor), name)
+        rest.append([name, first] if coded and first != name else [name, put(tensor), list(tensor.shape)])
     for norm in artifact.norms:
         norms.append([norm.name, put(norm.scale), len(norm.scale), norm.eps])
         put(norm.shift)
@@ -93,11 +101,36 @@ def to_bytes(artifact: Artifact) -> bytes:
     if factors:
         contents["factors"] = factors
     try:
+        if coded:
+            return _coded_file(contents | {"format": VERSIONS[5]}, streams)
         text = _json(contents if version < VERSIONS[3] else packed(contents))
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"'about' must hold plain JSON values: {error}") from error
-    data = save({name: torch.cat(parts) for name, parts in streams.items()}, {KEY: text})
-    return stamp(data)
+    return stamp(save({name: torch.cat(parts) for name, parts in streams.items()}, {KEY: text}))
+
+
+def _coded_file(contents: dict[str, Any], streams: dict[str, list[Tensor]]) -> bytes:
+    """A file of version 6: the contents, packed, and the streams that get shorter by it, coded, come first in `u8`."""
+    whole = {name: torch.cat(parts) for name, parts in streams.items()}
+    shorter = {name: found for name, stream in sorted(whole.items()) if (found := _shortened(stream)) is not None}
+    if shorter:
+        contents["streams"] = {name: [len(whole.pop(name)), len(found)] for name, found in shorter.items()}
+    inner = {k: v for k, v in contents.items() if k not in ("format", "checksum")}
+    table = torch.frombuffer(bytearray(zlib.compress(_json(inner).encode(), 9)), dtype=torch.uint8)
+    pieces = [table, *shorter.values(), *([whole.pop("u8")] if "u8" in whole else [])]
+    said = {"format": contents["format"], "checksum": contents["checksum"], "packed": len(table)}
+    return stamp(save({"u8": torch.cat(pieces)} | whole, {KEY: _json(said)}))
+
+
+def _shortened(stream: Tensor) -> Tensor | None:
+    """A stream coded, where that is shorter: floats by their own models, whole numbers of several bytes by zlib."""
+    if stream.dtype == torch.uint8:
+        return None
+    if stream.is_floating_point():
+        return encode_floats(stream)
+    found = zlib.compress(stream.contiguous().view(torch.uint8).numpy().tobytes(), 9)
+    fewer = len(found) < stream.numel() * stream.element_size()
+    return torch.frombuffer(bytearray(found), dtype=torch.uint8) if fewer else None
 
 
 def packed(contents: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +177,12 @@ def write(artifact: Artifact, path: Path) -> int:
         with suppress(OSError):
             temporary.unlink()
     return len(data)
+
+
+def _tensor(tensor: Tensor) -> bytes:
+    """What tells one tensor from others."""
+    own = tensor.detach().cpu().contiguous().reshape(-1)
+    return f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + own.view(torch.uint8).numpy().tobytes()
 
 
 def _contents(book: Tensor) -> bytes:

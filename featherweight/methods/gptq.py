@@ -75,7 +75,7 @@ def quantize(
 ) -> tuple[Tensor, float]:
     """(codes (rows, cols) uint8, damping used) for w (rows, cols) under gram (blocks, cols, cols)."""
     blocks, cols, _ = gram.shape
-    order, upper, used = _factored(gram, damp, act_order)
+    order, upper, used = factored(gram, damp, act_order)
 
     def arranged(matrix: Tensor) -> Tensor:  # (blocks, rows, cols) in the order of solving
         return matrix.reshape(blocks, -1, cols).gather(2, order[:, None, :].expand(-1, matrix.shape[0] // blocks, -1))
@@ -88,7 +88,7 @@ def quantize(
 
 
 @lru_cache(maxsize=1)  # a layer is often solved on several grids, one after another
-def _factored(gram: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Tensor, float]:
+def factored(gram: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Tensor, float]:
     """(order of the columns (blocks, cols), upper Cholesky factor of the inverse in that order, damping used)."""
     blocks, cols, _ = gram.shape
     power = gram.diagonal(dim1=1, dim2=2)

@@ -158,7 +158,7 @@ class Codebook:
 
     def tensors(self) -> dict[str, Tensor]:
         """Codes book after book, each row after row; then the scales."""
-        codes = self.codes.flatten(0, 1) if self.keep is None else self.codes[self._stored()]
+        codes = self.codes.flatten(0, 1) if self.keep is None else self.codes[self.stored()]
         payload = {f"codes{m}": pack(codes[:, m], _width(book)) for m, book in enumerate(self.books)}
         return payload | {"scale": self.scale.reshape(-1)}
 
@@ -169,7 +169,7 @@ class Codebook:
         )
         return self.tensors()
 
-    def _stored(self) -> Tensor:
+    def stored(self) -> Tensor:
         """(rows, vectors) bool: which codes mean something."""
         rows, vectors, _ = self.codes.shape
         if self.keep is None:
@@ -178,7 +178,7 @@ class Codebook:
 
     def meta(self) -> Meta:
         widths = [_width(b) for b in self.books]
-        vectors = {} if self.keep is None else {"vectors": int(self._stored().sum())}
+        vectors = {} if self.keep is None else {"vectors": int(self.stored().sum())}
         taps = {} if self.taps == 1 else {"taps": self.taps}
         return {"d": self.d, "bits": widths, "type": float_name(self.scale.dtype)} | taps | vectors
 

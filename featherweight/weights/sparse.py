@@ -61,18 +61,27 @@ class Sparse:
         kept = field(meta, "kept", range(shape[0] * shape[1] + 1))
         values = _VALUES[field(meta, "values", tuple(_VALUES))]
         size = _form(shape, meta).size(shape)
-        return {"mask": (torch.uint8, size)} | values.layout(shape, _inner(meta), stored=kept)
+        return {"mask": (torch.uint8, size)} | values.layout(shape, inner(meta), stored=kept)
 
     @classmethod
     def load(cls, shape: tuple[int, int], meta: Meta, tensors: dict[str, Tensor]) -> Self:
-        form = _form(shape, meta)
-        mask = form.decode(tensors["mask"], shape)
+        mask, form = cls.mask_of(shape, meta, tensors["mask"]), _form(shape, meta)
+        return cls(mask, _VALUES[meta["values"]].load(shape, inner(meta), tensors, keep=mask), form)
+
+    @staticmethod
+    def mask_of(shape: tuple[int, int], meta: Meta, packed: Tensor) -> Tensor:
+        """The mask.
+
+        Raises:
+            FormatError: no mask is packed like that, or it keeps another number of entries.
+        """
+        mask = _form(shape, meta).decode(packed, shape)
         if int(mask.sum()) != meta["kept"]:
             raise FormatError(f"the mask keeps {int(mask.sum())} entries, the header says {meta['kept']}")
-        return cls(mask, _VALUES[meta["values"]].load(shape, _inner(meta), tensors, keep=mask), form)
+        return mask
 
 
-def _inner(meta: Meta) -> Meta:
+def inner(meta: Meta) -> Meta:
     """The fields of the values."""
     return {k: v for k, v in meta.items() if k not in ("kept", "mask", "values")}
 
