@@ -92,8 +92,8 @@ def _check_activations(bits: Any) -> None:
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
-    """The method that settings name: `method` (rtn, gptq, obq, ecq, additive, magnitude, obs, admm, dictionary, or a
-    form of factors), `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any
+    """The method that settings name: `method` (rtn, gptq, obq, ecq, additive, magnitude, obs, admm, dictionary, or a form
+    of factors), `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any
     weights), `group`, `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes
     with; of additive quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books`
     (words that are added up); of factors (lowrank, spatial, tucker, tt, tr, cp, or factors for the best of several)

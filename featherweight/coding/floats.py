@@ -42,7 +42,7 @@ def encode_floats(values: Tensor) -> Tensor | None:
     given = _whole(values, kind)
     noise = _noise(given, kind)
     beside = _beside(given, noise)
-    state, room = encoder(values.numel() * values.element_size() - 1 - len(beside))
+    state, room = encoder(values.numel() * values.element_size() - 2 - len(beside))
     _walk(given, kind.exponent, kind.mantissa, 8 * noise, state, room, *_fresh(kind), RATES)
     found = finish(state, room)
     if found is None:

@@ -68,7 +68,7 @@ def encode_integers(values: Tensor, most: int, keep: Tensor | None = None, signe
     require(1 <= most <= MOST, f"magnitudes must be at most 1 to {MOST}", most)
     given = values.to(torch.int16).contiguous().numpy().copy()
     kept = _kept(given.shape, keep)
-    state, room = encoder(given.size)
+    state, room = encoder(given.size - 1)
     p, n = (t.copy() for t in START)
     _walk(given, kept, most, signed, state, room, p, n, THRESHOLDS, RATES)
     found = finish(state, room)

@@ -19,7 +19,7 @@ def encode_symbols(values: Tensor, bits: int) -> Tensor | None:
     symbols take without coding."""
     require(1 <= bits <= WIDEST, f"bits must be 1 to {WIDEST}", bits)
     given = values.reshape(-1).to(torch.int64).numpy().copy()
-    state, room = encoder((len(given) * bits + 7) // 8)
+    state, room = encoder((len(given) * bits + 7) // 8 - 1)
     _walk(given, bits, state, room, *_fresh(bits), RATES)
     found = finish(state, room)
     return None if found is None else torch.from_numpy(found)

@@ -9,7 +9,7 @@ from featherweight.methods._numba import compiled, parallel
 
 @compiled(inline="always")
 def cheapest(target, weight, costs, most):  # pragma: no cover - compiled
-    """The code that minimises weight * (code - target)² + costs[|code|], among the two nearest on either side, and 0."""
+    """The code with the least weight * (code - target)² + costs[|code|], of the two nearest on either side, and 0."""
     low = int(np.floor(target))
     best, code = np.inf, 0
     for k in range(-1, 4):

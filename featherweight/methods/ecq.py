@@ -97,7 +97,7 @@ class EcqBits:
         for _ in range(TRIES):
             weight, damp = quantize(exact, seen, min(max(step, FINEST), COARSEST), self.damp)
             bits = 8 * stored_bytes(weight) / w.numel()
-            if found is None or (small < bits <= self.bits) or bits < small and small > self.bits:
+            if found is None or (small < bits <= self.bits) or (bits < small and small > self.bits):
                 found, small = (weight, damp), bits
             if self.bits - NEAR <= bits <= self.bits:
                 break

@@ -21,7 +21,7 @@ from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, read, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import STREAMS
-from featherweight.artifact.write import to_bytes
+from featherweight.artifact.write import plain_bytes
 from featherweight.errors import UsageError
 from featherweight.layers import View
 from featherweight.methods import NM, Blocks, Channels, Rows
@@ -59,7 +59,7 @@ def test_the_mini_reader_knows_nothing_of_featherweight():
 
 @every
 def test_a_reader_made_from_the_documentation_decodes_the_same_bits(artifact):
-    data = to_bytes(artifact)
+    data = plain_bytes(artifact)
     assert_same(artifact.state(), mini_reader.read(data))
     assert_same(from_bytes(data).state(), mini_reader.read(data))
 
@@ -141,7 +141,7 @@ def patterned(draw, rows, cols):
 @given(st.lists(weights(), min_size=1, max_size=3))
 def test_any_weights_decode_the_same_bits(stored):
     units = tuple(StoredUnit((f"w{i}",), View(w.shape), w, "any") for i, w in enumerate(stored))
-    data = to_bytes(Artifact(units, {}, ()))
+    data = plain_bytes(Artifact(units, {}, ()))
     state = from_bytes(data).state()
     assert_same(state, mini_reader.read(data))
     for i, weight in enumerate(stored):
@@ -167,7 +167,7 @@ def test_the_example_of_the_documentation():
     scale = torch.tensor([[0.5], [0.25]], dtype=torch.float16)
     unit = StoredUnit(("fc.weight",), View((2, 3)), Grid(codes, scale, None, 2, 3), "rtn 2")
     artifact = Artifact((unit,), {"fc.bias": torch.tensor([1.0, -2.0], dtype=torch.float16)}, ())
-    assert to_bytes(artifact) == data
+    assert plain_bytes(artifact) == data
     state = {"fc.weight": [[0.5, 0, -1], [-0.25, 0, 0.25]], "fc.bias": [1, -2]}
     assert {n: t.tolist() for n, t in mini_reader.read(data).items()} == state
 
@@ -175,15 +175,15 @@ def test_the_example_of_the_documentation():
 # ---------------------------------------------------------------- bytes
 @every
 def test_a_file_read_and_written_again_has_the_same_bytes(artifact):
-    data = to_bytes(artifact)
-    assert to_bytes(from_bytes(data)) == data == to_bytes(artifact)
+    data = plain_bytes(artifact)
+    assert plain_bytes(from_bytes(data)) == data == plain_bytes(artifact)
 
 
 @every
 def test_a_file_is_of_the_lowest_version_that_can_say_it(artifact):
     masks = [m for u in artifact.units if (m := u.weight.meta().get("mask"))]
     least = 3 if any(m.get("kind") == "box" for m in masks) else 2 if artifact.inputs() or masks else 1
-    contents = take_apart(to_bytes(artifact)).contents
+    contents = take_apart(plain_bytes(artifact)).contents
     assert contents["format"] == (4 if any(books_of(u.weight) for u in artifact.units) else least)
     assert ("books" in contents) == (contents["format"] == 4)
 
@@ -204,7 +204,7 @@ def test_books_of_equal_contents_are_stored_once_in_the_order_of_their_first_use
     a, b, c = book(0), book(1, words=8), book(2)
     mask = torch.arange(6)[None] < 3
     units = made_of("0", b, a), made_of("1", a.clone()), made_of("2", c, a, c, keep=mask), made_of("3", b.clone(), b)
-    parts = take_apart(to_bytes(Artifact((made_of("first", a), *units), {}, ())))
+    parts = take_apart(plain_bytes(Artifact((made_of("first", a), *units), {}, ())))
     assert parts.contents["books"] == [[4, 2], [8, 2], [4, 2]]
     assert [u["weight"]["books"] for u in parts.contents["units"]] == [[0], [1, 0], [0], [2, 0, 2], [1, 1]]
     assert not any({"d", "bits"} & set(u["weight"]) for u in parts.contents["units"])
@@ -214,16 +214,16 @@ def test_books_of_equal_contents_are_stored_once_in_the_order_of_their_first_use
 
 def test_books_that_differ_in_a_bit_or_in_shape_are_stored_apart():
     zeros = torch.zeros(4, 2).half()
-    parts = take_apart(to_bytes(Artifact((made_of("0", zeros), made_of("1", -zeros)), {}, ())))
+    parts = take_apart(plain_bytes(Artifact((made_of("0", zeros), made_of("1", -zeros)), {}, ())))
     assert parts.contents["books"] == [[4, 2], [4, 2]]
-    parts = take_apart(to_bytes(Artifact((made_of("0", zeros), made_of("1", zeros.reshape(8, 1))), {}, ())))
+    parts = take_apart(plain_bytes(Artifact((made_of("0", zeros), made_of("1", zeros.reshape(8, 1))), {}, ())))
     assert parts.contents["books"] == [[4, 2], [8, 1]]
 
 
 def test_units_of_the_same_book_hold_the_same_tensor_after_reading():
     a, b, mask = book(0), book(1), torch.arange(6)[None] < 3
     units = made_of("0", a, b), made_of("1", b.clone(), keep=mask), made_of("2", a.clone(), a)
-    (a0, b0), (b1,), (a2, a3) = (books_of(u.weight) for u in from_bytes(to_bytes(Artifact(units, {}, ()))).units)
+    (a0, b0), (b1,), (a2, a3) = (books_of(u.weight) for u in from_bytes(plain_bytes(Artifact(units, {}, ()))).units)
     assert a0 is a2 is a3
     assert b0 is b1
     assert torch.equal(a0, a)
@@ -236,7 +236,7 @@ def test_grids_of_inputs_come_back_as_they_were():
     units = tuple(
         StoredUnit((f"w{i}",), View((1, 1)), Dense(torch.ones(1, 1)), "any", input=g) for i, g in enumerate(grids)
     )
-    data = to_bytes(Artifact(units, {}, ()))
+    data = plain_bytes(Artifact(units, {}, ()))
     assert [u.input for u in from_bytes(data).units] == grids
     assert {n: (b, float(s), z) for n, (b, s, z) in mini_reader.inputs(data).items()} == {
         f"w{i}": (g.bits, g.scale, g.zero) for i, g in enumerate(grids)
@@ -247,8 +247,8 @@ def test_another_process_writes_the_same_bytes():
     code = (
         "import hashlib\n"
         "from tests.golden.make_v1 import artifacts\n"
-        "from featherweight.artifact.write import to_bytes\n"
-        "for a in artifacts().values(): print(hashlib.sha256(to_bytes(a)).hexdigest())"
+        "from featherweight.artifact.write import plain_bytes\n"
+        "for a in artifacts().values(): print(hashlib.sha256(plain_bytes(a)).hexdigest())"
     )
     output = subprocess.run(
         [sys.executable, "-c", code],
@@ -257,12 +257,12 @@ def test_another_process_writes_the_same_bytes():
         capture_output=True,
         check=True,
     ).stdout.decode()
-    assert output.split() == [hashlib.sha256(to_bytes(a)).hexdigest() for a in artifacts().values()]
+    assert output.split() == [hashlib.sha256(plain_bytes(a)).hexdigest() for a in artifacts().values()]
 
 
 @every
 def test_the_payload_has_the_bytes_that_the_weights_claim(artifact):
-    data = to_bytes(artifact)
+    data = plain_bytes(artifact)
     rest = [*artifact.rest.values(), *(t for x in artifact.norms for t in (x.scale, x.shift))]
     rest += {b.numpy().tobytes(): b for u in artifact.units for b in books_of(u.weight)}.values()  # equal ones once
     claimed = sum(u.weight.bits() for u in artifact.units) // 8 + sum(t.numel() * t.element_size() for t in rest)
@@ -343,7 +343,7 @@ def test_what_no_reader_would_accept_is_not_written(artifact, told, tmp_path):
 def test_write_returns_the_size_and_replaces_an_old_file(tmp_path):
     path = tmp_path / "a.fw"
     path.write_bytes(b"old")
-    assert write(SMALL, path) == path.stat().st_size == len(to_bytes(SMALL))
+    assert write(SMALL, path) == path.stat().st_size == len(plain_bytes(SMALL))
     assert read(path).digest() == SMALL.digest()
     assert list(tmp_path.iterdir()) == [path]
 

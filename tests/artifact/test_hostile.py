@@ -25,7 +25,7 @@ from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, load, read
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import MARK
-from featherweight.artifact.write import to_bytes
+from featherweight.artifact.write import plain_bytes
 from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.report import rows_of
@@ -66,8 +66,8 @@ def booked() -> Artifact:
     return Artifact(tuple(StoredUnit((n,), View(w.shape), w, "additive") for n, w in weights.items()), {}, ())
 
 
-SMALL = to_bytes(small())
-BOOKED = to_bytes(booked())
+SMALL = plain_bytes(small())
+BOOKED = plain_bytes(booked())
 
 
 @contextmanager
@@ -681,7 +681,7 @@ def test_nesting_that_is_allowed():
 
 def test_a_payload_may_look_like_a_blank_checksum():
     looks = torch.tensor(list(MARK + BLANK.encode()), dtype=torch.uint8)
-    data = to_bytes(Artifact((), {"text": looks}, ()))
+    data = plain_bytes(Artifact((), {"text": looks}, ()))
     assert torch.equal(from_bytes(data).rest["text"], looks)
 
 
@@ -725,7 +725,7 @@ def test_any_bytes_for_the_payload(data):
     parts.payload = (parts.payload[:place] + values + parts.payload[place + len(values) :])[: len(parts.payload)]
     made = parts.file()
     if (artifact := tried(made)) is not None:
-        assert to_bytes(artifact) == made
+        assert plain_bytes(artifact) == made
         artifact.digest()
         rows_of(artifact)
 
@@ -735,7 +735,7 @@ def test_a_small_file_cannot_claim_much_memory():
     """A mask of zeros is the densest claim: 1 bit for a decoded float32."""
     count = 8 * 4096
     weight = {"kind": "sparse", "values": "dense", "type": "f16", "kept": 0}
-    parts = take_apart(to_bytes(Artifact((), {}, ())))
+    parts = take_apart(plain_bytes(Artifact((), {}, ())))
     parts.contents |= {
         "methods": ["x"],
         "units": [{"names": ["w"], "shape": [count], "method": 0, "weight": weight}],
@@ -757,7 +757,7 @@ def test_a_small_file_cannot_claim_much_memory():
 )
 def test_a_mask_of_a_pattern_cannot_claim_much_memory(mask, payload):
     weight = {"kind": "sparse", "values": "dense", "type": "f16", "kept": 0, "mask": mask}
-    parts = take_apart(to_bytes(Artifact((), {}, ())))
+    parts = take_apart(plain_bytes(Artifact((), {}, ())))
     unit = {"names": ["w"], "shape": [1, 2**36], "method": 0, "weight": weight}
     parts.contents |= {"format": 3, "methods": ["x"], "units": [unit]}
     parts.add("u8", bytes(payload))
@@ -770,7 +770,7 @@ def claiming(rows: int, cols: int, books: int) -> bytes:
     """Rows of which the first alone is kept, in vectors of one entry; a code is a bit."""
     weight = {"kind": "sparse", "values": "codebook", "type": "f16", "kept": cols, "vectors": cols}
     weight |= {"mask": {"kind": "rows"}, "books": [0] * books}
-    parts = take_apart(to_bytes(Artifact((), {}, ())))
+    parts = take_apart(plain_bytes(Artifact((), {}, ())))
     unit = {"names": ["w"], "shape": [rows, cols], "method": 0, "weight": weight}
     parts.contents |= {"format": 4, "methods": ["x"], "units": [unit], "books": [[2, 1]]}
     parts.add("u8", b"\1" + bytes(rows // 8 - 1 + books * cols // 8))
@@ -789,7 +789,7 @@ def test_a_mask_of_one_row_and_eight_books_cannot_claim_much_memory():
 def packed_as(packed: object, **outer: object) -> bytes:
     """A file of version 4 whose table of contents is packed like that."""
     text = json.dumps({"format": 4, "checksum": BLANK, "packed": packed} | outer, sort_keys=True, separators=(",", ":"))
-    return take_apart(to_bytes(Artifact((), {}, ()))).file(text)
+    return take_apart(plain_bytes(Artifact((), {}, ()))).file(text)
 
 
 def squeezed(text: bytes) -> str:
@@ -821,7 +821,7 @@ def test_a_table_of_contents_that_unpacks_to_gigabytes_is_refused():
 def box_file(version: int, bits: int) -> bytes:
     """One weight of 2 rows and 3 columns, of which the bits of a mask keep nothing or something."""
     weight = {"kind": "sparse", "values": "dense", "type": "f16", "kept": 0, "mask": {"kind": "box", "taps": 1}}
-    parts = take_apart(to_bytes(Artifact((), {}, ())))
+    parts = take_apart(plain_bytes(Artifact((), {}, ())))
     unit = {"names": ["w"], "shape": [2, 3], "method": 0, "weight": weight}
     parts.contents |= {"format": version, "methods": ["x"], "units": [unit]}
     parts.add("u8", bytes([bits]))
@@ -842,7 +842,7 @@ def test_no_name_in_a_file_is_imported_or_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     name = "evil_factory:make"
-    parts = take_apart(to_bytes(Artifact((), {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, ())))
+    parts = take_apart(plain_bytes(Artifact((), {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, ())))
     parts.contents["about"] = dict.fromkeys(("model", "data", "arch", "class", "__reduce__", "test", "loader"), name)
     parts.contents["methods"] = [name, "evil_factory.make", "os.system"]
     (tmp_path / "evil.fw").write_bytes(parts.file())

@@ -5,7 +5,7 @@ import torch
 
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.schema import Artifact, StoredUnit
-from featherweight.artifact.write import to_bytes
+from featherweight.artifact.write import plain_bytes
 from featherweight.errors import FormatError
 from featherweight.layers import View
 from featherweight.weights import Dense, Factors, Grid
@@ -27,7 +27,7 @@ def factored() -> Artifact:
     return Artifact(tuple(StoredUnit((n,), View(w.shape), w, "tucker") for n, w in weights.items()), {}, ())
 
 
-FACTORED = to_bytes(factored())
+FACTORED = plain_bytes(factored())
 PATHS = [path for path in nodes(take_apart(FACTORED).contents) if path and path[0] in ("factors", "units")]
 INNER = "units.2.weight"
 
@@ -74,7 +74,7 @@ ATTACKS = {
 def test_the_file_is_fine():
     with frugal():
         again = from_bytes(FACTORED)
-    assert to_bytes(again) == FACTORED
+    assert plain_bytes(again) == FACTORED
     assert again.units[0].weight.parts[1] is again.units[1].weight.parts[1]
 
 
@@ -107,5 +107,5 @@ def test_small_factors_cannot_claim_much_memory():
     weight = Factors(
         (2**19, 2**19), "oc", ("or", "rc"), {"o": 2**19, "r": 1, "c": 2**19}, (Dense(long), Dense(long.reshape(1, -1)))
     )
-    data = to_bytes(Artifact((StoredUnit(("w",), View(weight.shape), weight, "x"),), {}, ()))
+    data = plain_bytes(Artifact((StoredUnit(("w",), View(weight.shape), weight, "x"),), {}, ()))
     refused(data, "more entries than a file of this size may claim")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featherweight.activations import ActivationGrid
 from featherweight.artifact.schema import Artifact, StoredUnit
-from featherweight.artifact.write import to_bytes
+from featherweight.artifact.write import plain_bytes
 from featherweight.layers import View
 from featherweight.methods import NM, Blocks, Channels, Pattern, Rows
 from featherweight.methods.patterns import keep_largest, mask_of
@@ -74,7 +74,7 @@ def main() -> None:
         if path.exists():
             print(f"{path.name} is kept as it is")
             continue
-        path.write_bytes(to_bytes(artifact))
+        path.write_bytes(plain_bytes(artifact))
         x = inputs()
         tensors = {
             n: {"type": str(t.dtype)[6:], "shape": list(t.shape), "values": t.flatten().tolist()}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from featherweight.artifact.schema import Artifact, StoredUnit
-from featherweight.artifact.write import to_bytes
+from featherweight.artifact.write import plain_bytes
 from featherweight.weights import Dense, Grid, Sparse
 from featherweight.weights.masks import BoxMap
 from tests.golden.make_v1 import F16, F32, dense, grid, unit
@@ -40,7 +40,7 @@ def main() -> None:
     if path.exists():
         print(f"{path.name} is kept as it is")
         return
-    path.write_bytes(to_bytes(artifact()))
+    path.write_bytes(plain_bytes(artifact()))
     tensors = {
         n: {"type": str(t.dtype)[6:], "shape": list(t.shape), "values": t.flatten().tolist()}
         for n, t in artifact().state().items()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from featherweight.artifact.schema import Artifact, StoredUnit
-from featherweight.artifact.write import to_bytes
+from featherweight.artifact.write import plain_bytes
 from featherweight.layers import View
 from featherweight.weights import Codebook, Sparse
 from featherweight.weights.codebook import vector_counts
@@ -76,7 +76,7 @@ def main() -> None:
     if path.exists():
         print(f"{path.name} is kept as it is")
         return
-    path.write_bytes(to_bytes(artifact()))
+    path.write_bytes(plain_bytes(artifact()))
     path.with_suffix(".json").write_text(as_json(artifact().state()) + "\n")
     print(f"{path.name} written")
 

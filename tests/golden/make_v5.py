@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from featherweight.artifact.schema import Artifact, StoredUnit
-from featherweight.artifact.write import to_bytes
+from featherweight.artifact.write import plain_bytes
 from featherweight.layers import View
 from featherweight.weights import Dense, Factor, Factors
 from featherweight.weights.factors import matrix_of
@@ -55,7 +55,7 @@ def main() -> None:
     if path.exists():
         print(f"{path.name} is kept as it is")
         return
-    path.write_bytes(to_bytes(artifact()))
+    path.write_bytes(plain_bytes(artifact()))
     path.with_suffix(".json").write_text(as_json(artifact().state()) + "\n")
     print(f"{path.name} written")
 
