@@ -33,6 +33,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"picture", "proof", "inputs"},
     {"pipeline"},
     {"demo", "options", "console"},
+    {"commands"},
     {"cli"},
     {"__main__", "__init__"},
 ]

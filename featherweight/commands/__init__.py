@@ -1,0 +1,1 @@
+"""The commands of `featherweight`: each parses, calls the library and prints."""
