@@ -47,6 +47,8 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Channels",
     "Compressed",
     "DictionaryPairs",
+    "Ecq",
+    "EcqBits",
     "FeatherweightError",
     "Finetune",
     "FormatError",

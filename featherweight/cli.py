@@ -1,12 +1,12 @@
-"""The `featherweight` command. Errors are one line and a code: 1 a file or a layer is bad, 2 the request is wrong, 3 the
-target cannot be reached."""
+"""The `featherweight` command. Errors are one line and a code: 1 a file or a layer is bad, 2 the request is wrong, 3
+the target cannot be reached."""
 
 import sys
 
 from rich.markup import escape
 
 from featherweight._memory import reuse_memory
-from featherweight.commands import compressing, files, tuning  # noqa: F401 - they add their commands
+from featherweight.commands import compressing, files, packing, tuning  # noqa: F401 - they add their commands
 from featherweight.commands.app import app
 from featherweight.console import err
 from featherweight.errors import FeatherweightError

@@ -1,6 +1,7 @@
 """The options that commands share: names, types and what `--help` says of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,3 +152,9 @@ def trainings(
     common: dict[str, Any] = {"batch_size": batch_size, "precision": precision or "fp32"}
     before = AdmmTraining(data, admm, RHO if rho is None else rho, checkpoint=checkpoint, **common) if admm else None
     return before, Finetune(data, finetune, **common) if finetune else None
+
+
+def changed(given: Mapping[str, Any], command: Callable[..., Any]) -> list[str]:
+    """The options of a command whose values are not their defaults, as they are written."""
+    defaults = {name: p.default for name, p in signature(command).parameters.items()}
+    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value != defaults[name]]

@@ -5,8 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,19 @@ def check_output(output: Path, weights: Path | None) -> None:
         raise UsageError(f"{output} is the file with the weights; choose another name for the output")
 
 
+@contextmanager
+def replaced(output: Path) -> Iterator[Path]:
+    """A place to write to that becomes `output` at the end, whole or not at all."""
+    place = output.with_name(f".{output.name}.unproved")
+    try:
+        yield place
+        os.replace(place, output)
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+    finally:
+        place.unlink(missing_ok=True)
+
+
 def save_proved(
     artifact: Artifact,
     output: Path,
@@ -82,11 +95,7 @@ def save_proved(
 ) -> dict[str, Any]:
     """Write the file under another name, prove it, and only then let it take the place of `output`. Returns what
     `prove` does, and the file's bytes."""
-    unproved = output.with_name(f".{output.name}.unproved")
-    try:
+    with replaced(output) as unproved:
         size = write(artifact, unproved)
         proof = prove(unproved, artifact.digest(), model, weights, test, metric, batch_size)
-        os.replace(unproved, output)
-    finally:
-        unproved.unlink(missing_ok=True)
     return proof | {"bytes": size}

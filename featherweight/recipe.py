@@ -92,15 +92,16 @@ def _check_activations(bits: Any) -> None:
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
-    """The method that settings name: `method` (rtn, gptq, obq, ecq, additive, magnitude, obs, admm, dictionary, or a form
-    of factors), `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without it any
-    weights), `group`, `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits` quantizes
-    with; of additive quantization `share` (the books: network, stage or layer), `vector` (weights in one) and `books`
-    (words that are added up); of factors (lowrank, spatial, tucker, tt, tr, cp, or factors for the best of several)
-    `keep`, the share of the numbers that is left, or `ranks`, vbmf, and with `bits` they are on grids; of dictionary
-    pairs `keep` or `error`, `block` (input channels), `bits`, and `share` (the dictionaries). A sparsity or pattern
-    without a method means the better of ExactOBS and ADMM, or ADMM alone for layers where the first would take long. No
-    setting at all means OBQ at 4 bits; grids of 8 bits are symmetric unless `symmetric` says otherwise.
+    """The method that settings name: `method` (rtn, gptq, obq, ecq, additive, magnitude, obs, admm, dictionary, or a
+    form of factors), `bits`, `sparsity`, `pattern` (`2:4` or any other N:M, `blocks:4`, `rows`, `channels`; without
+    it any weights), `group`, `symmetric`, `damp`, `quantizer` (gptq, obq or additive) for what a pruner with `bits`
+    quantizes with; of additive quantization `share` (the books: network, stage or layer), `vector` (weights in one)
+    and `books` (words that are added up); of factors (lowrank, spatial, tucker, tt, tr, cp, or factors for the best
+    of several) `keep`, the share of the numbers that is left, or `ranks`, vbmf, and with `bits` they are on grids;
+    of dictionary pairs `keep` or `error`, `block` (input channels), `bits`, and `share` (the dictionaries). A
+    sparsity or pattern without a method means the better of ExactOBS and ADMM, or ADMM alone for layers where the
+    first would take long. No setting at all means OBQ at 4 bits; grids of 8 bits are symmetric unless `symmetric`
+    says otherwise.
 
     >>> method_of({"method": "gptq", "bits": 3}).label
     'gptq 3 bit'

@@ -18,7 +18,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"latency", "counting"},
     {"methods"},
     {"artifact"},
-    {"onuse", "chains"},
+    {"onuse", "chains", "lossless"},
     {"repair", "recipe", "target", "database", "sequential"},
     {"solve", "sensitivity"},
     {"sharing"},

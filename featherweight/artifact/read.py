@@ -5,6 +5,8 @@ import json
 import re
 import zlib
 from base64 import b85decode
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -69,7 +71,9 @@ def _artifact(data: bytes) -> Artifact:
     common = [
         _factor(entry, i, streams, claims) for i, entry in enumerate(listed(contents.get("factors", []), "factors"))
     ]
-    units = [_unit(entry, i, methods, streams, version, claims, books, common) for i, entry in entries]
+    waiting = [_unit(entry, i, methods, streams, version, claims, books, common) for i, entry in entries]
+    with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:  # coded fields take time, and let others work
+        units = [task.result() for task in [pool.submit(load) for load in waiting]]
     if len({id(b) for u in units for b in books_of(u.weight)}) != len(books):
         raise FormatError("a book is used by no weight")
     if len({id(f) for u in units for f in shared_factors(u.weight)}) != len(common):
@@ -201,7 +205,8 @@ def _unit(
     claims: _Claims,
     books: list[Tensor],
     common: list[Factor],
-) -> StoredUnit:
+) -> Callable[[], StoredUnit]:
+    """Takes what belongs to a weight from the streams; the function that decodes it."""
     where = f"units[{i}]"
     optional = ("transposed_groups", "error", "note", "input", "coded")[
         : 3 if version == 1 else 4 if version < 6 else 5
@@ -242,14 +247,20 @@ def _unit(
         most = largest(fields["axes"], fields["terms"], fields["sizes"]) if kind is Factors else 0
         claims.take(max(entries, most), where)
         pieces |= {f"book{m}": book for m, book in enumerate(own)}
-        if coded:
-            pieces = uncoded(kind, view.matrix_shape, fields, pieces, frozenset(coded))
-        weight = kind.load(view.matrix_shape, fields, pieces, **shared)
     except FormatError as wrong:
         raise FormatError(f"{names[0]}: {wrong}") from None
     note = text(entry.get("note", ""), f"{where}.note")
     rounded = _input(entry["input"], f"{where}.input") if "input" in entry else None
-    return StoredUnit(names, view, weight, methods[method], error, note, rounded)
+
+    def load() -> StoredUnit:
+        try:
+            plain = uncoded(kind, view.matrix_shape, fields, pieces, frozenset(coded)) if coded else pieces
+            weight = kind.load(view.matrix_shape, fields, plain, **shared)
+        except FormatError as wrong:
+            raise FormatError(f"{names[0]}: {wrong}") from None
+        return StoredUnit(names, view, weight, methods[method], error, note, rounded)
+
+    return load
 
 
 def _coded(said: Any, layout: Layout, where: str) -> dict[str, int]:

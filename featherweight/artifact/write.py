@@ -7,6 +7,7 @@ import secrets
 import zlib
 from base64 import b85encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -80,8 +81,9 @@ def _taken_apart(artifact: Artifact, coded: bool) -> tuple[dict[str, Any], dict[
                 factors.append({"shape": part.shape, "weight": {"kind": part.kind} | part.meta()})
                 for tensor in part.tensors().values():
                     put(tensor)
-    for unit in artifact.units:
-        own_coded = codes_of(unit.weight) if coded else {}
+    with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
+        codes = list(pool.map(codes_of, [u.weight for u in artifact.units])) if coded else [{} for _ in artifact.units]
+    for unit, own_coded in zip(artifact.units, codes, strict=True):
         for name, tensor in unit.weight.tensors().items():
             put(own_coded.get(name, tensor))
         entry: dict[str, Any] = {"names": unit.names, "shape": unit.view.shape, "method": methods.index(unit.method)}

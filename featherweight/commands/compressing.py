@@ -13,6 +13,7 @@ from rich.table import Table
 
 from featherweight import options as opt
 from featherweight.commands.app import app
+from featherweight.commands.packing import pack_checkpoint
 from featherweight.console import bars, out, plain_warnings, print_json
 from featherweight.database import Database
 from featherweight.errors import UsageError
@@ -83,9 +84,16 @@ def compress_command(
     finetune_epochs: opt.FinetuneEpochs = 0,
     train: opt.TrainSpec = None,
     precision: opt.PrecisionKind = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="every bit stays; MODEL may be a safetensors file (see `unpack`)")
+    ] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
+    if lossless:
+        given = {k: v for k, v in locals().items() if k not in ("model", "weights", "output", "lossless", "as_json")}
+        pack_checkpoint(model, weights, output, opt.changed(given, compress_command), as_json)
+        return
     opt.check_metric(metric, test)
     opt.check_training(admm_epochs, finetune_epochs, rho, residuals, checkpoint, output)
     check_output(output, weights)

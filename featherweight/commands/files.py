@@ -1,4 +1,4 @@
-"""`evaluate`, `inspect`, `unpack` and `demo`."""
+"""`evaluate`, `inspect` and `demo`."""
 
 from dataclasses import asdict
 from pathlib import Path
