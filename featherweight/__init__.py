@@ -14,6 +14,8 @@ from featherweight.methods import (
     Blocks,
     Channels,
     DictionaryPairs,
+    Ecq,
+    EcqBits,
     Gptq,
     GridSpec,
     Magnitude,

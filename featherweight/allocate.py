@@ -36,6 +36,7 @@ from featherweight.errors import UsageError
 from featherweight.latency import Clock
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Method, Solution
+from featherweight.packing import DIGITS, FULL
 from featherweight.repair.correct import Reference
 from featherweight.scores import CORRECTING, Scores, words
 from featherweight.search import Choices, Judge, Task, search
@@ -164,7 +165,8 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     candidates, what = _candidates(setting, tries, groups, goal.score, solving, judging, progress, clock, calls)
     coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.structured else {}
     known = setting.grids, setting.about, coupled, positions, setting.input_bits, clock, calls
-    allocator = Allocator(net, setting.found, candidates, groups, *known)
+    digits = DIGITS[1] if judging and setting.correcting else FULL  # about what will do
+    allocator = Allocator(net, setting.found, candidates, groups, *known, digits)
     task = allocator.task(limits)
     judge = _judge(setting, candidates, judging) if measuring else None
     if judge is None:

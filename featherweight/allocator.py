@@ -24,7 +24,7 @@ from featherweight.latency import Clock
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Solution, Vectors
 from featherweight.methods.additive import additive_of
-from featherweight.packing import packed
+from featherweight.packing import FULL, packed, shortened
 from featherweight.search import Choices, Task
 from featherweight.weights import Sparse, Weight
 from featherweight.weights.coded import stored_bytes
@@ -98,7 +98,7 @@ class Allocator:
     """The candidates of a network, and what the whole file costs with any choice of them, one for each group of tied
     units. groups: see `ties`. grids, about: see `packing.packed`. coupled: see `couplings`; positions: how often each
     unit's matrix is used for one sample; input_bits: see `solve_candidates`. clock: where latency has a limit. calls:
-    see `operations`. known: what was counted before."""
+    see `operations`. digits: see `shortened`. known: what was counted before."""
 
     net: nn.Module
     found: Scan
@@ -111,6 +111,7 @@ class Allocator:
     input_bits: Mapping[str, int]
     clock: Clock | None = None
     calls: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
+    digits: int = FULL
     known: dict[tuple[int, int, int], dict[str, int]] = field(default_factory=dict)
 
     def size(self, choices: Choices) -> int:
@@ -119,7 +120,7 @@ class Allocator:
         solutions = self.trimmed({name: c.solution for name, c in taken.items()})
         methods = {name: c.final for name, c in taken.items()}
         artifact, _ = packed(self.net, self.found, methods, solutions, self.about, self.grids)
-        return len(to_bytes(artifact))
+        return len(to_bytes(shortened(artifact, self.digits)))
 
     def costs(self, choices: Choices, budgets: Sequence[str]) -> dict[str, int]:
         """By budget, bytes being those of the weights alone, latency that of the layers that could be smaller; all

@@ -1,6 +1,8 @@
 """A compressed network in memory -> an Artifact, and how large its file is or will be."""
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid
-from featherweight.artifact import Artifact, FoldedNorm, StoredUnit
+from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, fill
 from featherweight.artifact.schema import is_foldable
 from featherweight.artifact.write import to_bytes
 from featherweight.errors import UsageError
@@ -17,6 +19,9 @@ from featherweight.methods import DictionaryPairs, Factorize, Method, Solution
 from featherweight.sharing import book_bytes, dictionary_bytes
 from featherweight.weights.base import float_type
 
+DIGITS = (4, 5, 6, 7, 8)
+FULL = 10  # digits of fp16
+SLACK = 0.002  # of the distance to the dense outputs
 PACKED, RATIO = 350, 5  # bytes of a table of contents that is packed, and how much smaller the rest of it becomes
 
 
@@ -78,6 +83,33 @@ def packed(
             rest[name] = tensor.detach().cpu().contiguous()
             facts["other"] += tensor.numel()
     return Artifact(units, rest, tuple(norms), about), facts
+
+
+def shortened(artifact: Artifact, digits: int) -> Artifact:
+    """With vectors in fp16, the norms' and such as biases, rounded to so many binary digits behind the leading one: the
+    zeros that follow take next to no bytes when they are coded."""
+
+    def short(tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float16 or tensor.ndim != 1:
+            return tensor
+        mantissa, exponent = torch.frexp(tensor.double())
+        found = torch.ldexp(torch.round(mantissa * 2 ** (digits + 1)), exponent - digits - 1).half()
+        return torch.where(torch.isfinite(found), found, tensor)
+
+    norms = tuple(replace(n, scale=short(n.scale), shift=short(n.shift)) for n in artifact.norms)
+    return replace(artifact, norms=norms, rest={n: short(t) for n, t in artifact.rest.items()})
+
+
+def shortest(artifact: Artifact, small: nn.Module, distance: Callable[[nn.Module], float]) -> Artifact:
+    """`shortened` to the fewest of DIGITS with which the network does not get further from the dense one, but for
+    SLACK; as it is where none will do. distance: of a network, on samples that nothing was solved on."""
+    own = copy.deepcopy(small)
+    most = distance(fill(own, artifact)) * (1 + SLACK)
+    for digits in DIGITS:
+        tried = shortened(artifact, digits)
+        if distance(fill(own, tried)) <= most:  # false for NaN
+            return tried
+    return artifact
 
 
 def _foldable(small: nn.Module) -> list[tuple[str, Any]]:

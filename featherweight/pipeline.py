@@ -29,11 +29,12 @@ from featherweight.methods import GridSpec, Method, Obq, Plain, Solution
 from featherweight.methods.base import usable
 from featherweight.metrics import measured
 from featherweight.moments import basis_of, captured
-from featherweight.packing import packed, predicted_bytes
+from featherweight.packing import packed, predicted_bytes, shortest
 from featherweight.pull import AdmmTraining, Pulled
 from featherweight.pull import admm as train_in
 from featherweight.recipe import Recipe, assign, input_bits, overridden, settled, without_data
 from featherweight.repair import Repair, repair
+from featherweight.repair.distance import DenseOutputs
 from featherweight.report import Report, rows_of
 from featherweight.sharing import arranged, fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
@@ -213,6 +214,8 @@ def compress(
                         w = u.view.matrix(net.get_parameter(u.name).detach().cpu())
                         solutions[u.name] = _finetuned(solutions[u.name], weights[u.name], w, stats.get(u.name))
             artifact, rest = packed(small, found, methods, solutions, about, grids)
+            if judged and (judging := split(judged)[1]):
+                artifact = shortest(artifact, small, DenseOutputs.of(dense, judging).distance)
             data_read_back = to_bytes(artifact)
             size = len(data_read_back)
             if stage is None:
