@@ -93,15 +93,18 @@ class EcqBits:
 
     def solve(self, w: Tensor, stats: LayerStats) -> Solution:
         seen, exact = usable(stats), w.double()
-        step, found, small = step_of(self.bits), None, 0.0
+        step, found, size = step_of(self.bits), None, 0.0
+        known: list[tuple[float, float]] = []  # (log2 of the step, bits)
         for _ in range(TRIES):
-            weight, damp = quantize(exact, seen, min(max(step, FINEST), COARSEST), self.damp)
+            step = min(max(step, FINEST), COARSEST)
+            weight, damp = quantize(exact, seen, step, self.damp)
             bits = 8 * stored_bytes(weight) / w.numel()
-            if found is None or (small < bits <= self.bits) or (bits < small and small > self.bits):
-                found, small = (weight, damp), bits
+            if found is None or (size < bits <= self.bits) or (bits < size and size > self.bits):
+                found, size = (weight, damp), bits
             if self.bits - NEAR <= bits <= self.bits:
                 break
-            step *= 2 ** (bits - self.bits + NEAR / 2)  # a bit for every halving
+            known.append((math.log2(step), bits))
+            step = 2 ** _next(known, self.bits - NEAR / 2)
         assert found is not None
         weight, damp = found
         return Solution.of(weight, w, stats, status_of(stats, damp > self.damp), {"damp": damp})
@@ -112,6 +115,19 @@ class EcqBits:
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
         return 4 * Ecq(1.0).work(shape, blocks)
+
+
+def _next(known: list[tuple[float, float]], wanted: float) -> float:
+    """The log2 of the step to try: between those that gave too many bits and too few, or beyond, along the slope of a
+    rounded Gaussian."""
+    over = max((k for k in known if k[1] > wanted), default=None)
+    under = min((k for k in known if k[1] <= wanted), default=None)
+    if over and under and over[0] < under[0]:
+        share = (over[1] - wanted) / (over[1] - under[1])
+        return over[0] + min(max(share, 0.1), 0.9) * (under[0] - over[0])
+    last, bits = known[-1]
+    slope = 1 - 4 ** -bits_of(2**last)
+    return last + (bits - wanted) / max(slope, 0.2)
 
 
 def quantize(w: Tensor, stats: LayerStats, step: float, damp: float) -> tuple[Grid, float]:

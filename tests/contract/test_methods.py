@@ -15,6 +15,8 @@ from featherweight.methods import (
     Blocks,
     Channels,
     DictionaryPairs,
+    Ecq,
+    EcqBits,
     Gptq,
     GridSpec,
     Magnitude,
@@ -73,6 +75,9 @@ METHODS = [
     DictionaryPairs(keep=0.5),
     DictionaryPairs(keep=0.6, block=2, grid=GridSpec(8, True)),
     DictionaryPairs(keep=0.5, grid=GridSpec(4, group=3)),
+    Ecq(0.3),
+    Ecq(2.0, damp=0.0),
+    EcqBits(2.5),
 ]
 
 
