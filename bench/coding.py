@@ -28,8 +28,8 @@ from featherweight.artifact.write import to_bytes
 from featherweight.coding import encode_integers
 from featherweight.layers import View
 from featherweight.lossless import pack as pack_checkpoint
-from featherweight.methods import Additive, EcqBits, Gptq, GridSpec, Obq, Vectors, ecq
-from featherweight.methods.ecq import Ecq
+from featherweight.methods import Additive, Ecq, Gptq, GridSpec, Obq, Vectors, ecq
+from featherweight.methods.ecq import EcqStep
 from featherweight.weights import Grid, books_of
 from featherweight.weights.coded import stored_bytes
 
@@ -58,7 +58,7 @@ def rate(zoo: Path) -> str:
                 if i == 2:  # books of the network, shared out over all its weights
                     books = 16 * sum(b.numel() for b in books_of(other.weight))
                     size += books / sum(x.params for x in units)
-                ours = EcqBits(round(size, 4)).solve(w, stats)
+                ours = Ecq(round(size, 4)).solve(w, stats)
                 shown.append((other.relative_error, ours.relative_error, size))
             ratios.append(tuple(ours / other for other, ours, _ in shown))  # pyright: ignore
             errors = " | ".join(f"{e:.3%}" for e, _, _ in shown)
@@ -83,7 +83,7 @@ def _lambdas(bed: Bed, units: list) -> list[str]:
                 total, lost, count = 0, 0.0, 0
                 for u in units:
                     w = bed.matrix(u)
-                    solution = Ecq(step).solve(w, bed.stats[u.name])
+                    solution = EcqStep(step).solve(w, bed.stats[u.name])
                     total, count = total + 8 * stored_bytes(solution.weight), count + w.numel()
                     lost += math.log2(solution.relative_error) / 2 / len(units)
                 found.setdefault(value, []).append(total / count + lost)
@@ -107,7 +107,7 @@ def coders(zoo: Path) -> str:
     for step in (0.25, 0.7, 1.2, 2.0):
         sums = [0] * 5
         for u in bed.units:
-            weight = Ecq(step).solve(bed.matrix(u), bed.stats[u.name]).weight
+            weight = EcqStep(step).solve(bed.matrix(u), bed.stats[u.name]).weight
             assert isinstance(weight, Grid)
             packed, codes = pack(weight.codes, weight.nbits), weight.codes.to(torch.int16) - 2 ** (weight.nbits - 1)
             raw = packed.numpy().tobytes()

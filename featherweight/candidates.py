@@ -24,7 +24,7 @@ from featherweight.methods import (
     Additive,
     Channels,
     Ecq,
-    EcqBits,
+    EcqStep,
     Factorize,
     Gptq,
     GridSpec,
@@ -92,7 +92,7 @@ def forms(unit: Unit, goal: Goal, with_data: bool = True, weights: int = 0) -> l
     if goal.structured:
         return _structured(unit, goal)
     coded = goal.target is not None and goal.bops is None and goal.among in ("quantize", "both", "all")
-    found: list[Method] = [Ecq(step) for step in STEPS] if coded else []
+    found: list[Method] = [EcqStep(step) for step in STEPS] if coded else []
     found += _unstructured(unit, goal.among, with_data) + (_additive(unit, goal, weights) if with_data else [])
     return found + (_factored(unit, goal, with_data) if goal.params is not None and goal.among == "all" else [])
 
@@ -190,8 +190,8 @@ def refined(method: Method, bits: float) -> Method:
     """The better form of a candidate's method, which takes longer and stores as much, `bits` a weight; books are fitted
     anew, as fewer weights use them."""
     match method:
-        case Ecq():
-            return EcqBits(min(max(round(bits, 4), LEAST), MOST), method.damp)
+        case EcqStep():
+            return Ecq(min(max(round(bits, 4), LEAST), MOST), method.damp)
         case Additive():
             return replace(method, width=WIDTH, books=None)
         case Gptq():

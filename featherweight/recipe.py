@@ -18,7 +18,7 @@ from featherweight.methods import (
     Blocks,
     Channels,
     DictionaryPairs,
-    EcqBits,
+    Ecq,
     Factorize,
     Gptq,
     GridSpec,
@@ -134,7 +134,7 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     if name == "ecq":
         if "bits" not in given:
             raise UsageError("method 'ecq' needs a number of bits a weight, for example --bits 1.8")
-        coded = EcqBits(_number(given.pop("bits"), "bits"), **damp)
+        coded = Ecq(_number(given.pop("bits"), "bits"), **damp)
         _nothing_left(given, name)
         return coded
     if name == "additive":

@@ -9,7 +9,7 @@ from featherweight.methods.base import Status as Status
 from featherweight.methods.books import Vectors as Vectors
 from featherweight.methods.dictionary import DictionaryPairs as DictionaryPairs
 from featherweight.methods.ecq import Ecq as Ecq
-from featherweight.methods.ecq import EcqBits as EcqBits
+from featherweight.methods.ecq import EcqStep as EcqStep
 from featherweight.methods.factoring import Factorize as Factorize
 from featherweight.methods.factoring import Plain as Plain
 from featherweight.methods.gptq import Gptq as Gptq

@@ -44,7 +44,7 @@ NEAR = 0.005  # bits a weight
 
 @final
 @dataclass(frozen=True, slots=True)
-class Ecq:
+class EcqStep:
     """step: of the grid, in root mean squares of the weights. damp: relative damping of the Hessian."""
 
     name: ClassVar[str] = "ecq"
@@ -76,8 +76,8 @@ class Ecq:
 
 @final
 @dataclass(frozen=True, slots=True)
-class EcqBits:
-    """Ecq with the step at which the codes take `bits` bits a weight, LEAST to MOST, or a little less."""
+class Ecq:
+    """EcqStep with the step at which the codes take `bits` bits a weight, LEAST to MOST, or a little less."""
 
     name: ClassVar[str] = "ecq"
     bits: float
@@ -114,7 +114,7 @@ class EcqBits:
         return math.ceil(shape[0] * shape[1] * self.bits / 8)
 
     def work(self, shape: tuple[int, int], blocks: int) -> float:
-        return 4 * Ecq(1.0).work(shape, blocks)
+        return 4 * EcqStep(1.0).work(shape, blocks)
 
 
 def _next(known: list[tuple[float, float]], wanted: float) -> float:

@@ -16,7 +16,7 @@ from featherweight.methods import (
     Channels,
     DictionaryPairs,
     Ecq,
-    EcqBits,
+    EcqStep,
     Gptq,
     GridSpec,
     Magnitude,
@@ -75,9 +75,9 @@ METHODS = [
     DictionaryPairs(keep=0.5),
     DictionaryPairs(keep=0.6, block=2, grid=GridSpec(8, True)),
     DictionaryPairs(keep=0.5, grid=GridSpec(4, group=3)),
-    Ecq(0.3),
-    Ecq(2.0, damp=0.0),
-    EcqBits(2.5),
+    EcqStep(0.3),
+    EcqStep(2.0, damp=0.0),
+    Ecq(2.5),
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from featherweight._linalg import inverse_factor
 from featherweight.coding import contexts, costs
 from featherweight.errors import SolveError, UsageError
-from featherweight.methods import Ecq, EcqBits, Gptq, GridSpec, Obq, _ecq, ecq
+from featherweight.methods import Ecq, EcqStep, Gptq, GridSpec, Obq, _ecq, ecq
 from featherweight.stats import LayerStats
 from featherweight.weights.coded import stored_bytes
 from tests.methods.problems import problem
@@ -76,13 +76,13 @@ def test_a_row_of_few_weights_comes_near_the_best_of_all_codes():
 @pytest.mark.parametrize("bits", [0.4, 1.1, 2.0, 3.5])
 def test_the_codes_take_the_bits_that_were_asked_for(bits):
     w, stats = problem(32, 96, seed=1)
-    solution = EcqBits(bits).solve(w, stats)
+    solution = Ecq(bits).solve(w, stats)
     assert bits - 0.03 <= 8 * stored_bytes(solution.weight) / w.numel() <= bits
 
 
 def test_finer_steps_lose_less_and_store_more():
     w, stats = problem(16, 72, seed=2)
-    found = [Ecq(step).solve(w, stats) for step in (0.2, 0.5, 1.0, 2.0)]
+    found = [EcqStep(step).solve(w, stats) for step in (0.2, 0.5, 1.0, 2.0)]
     assert [s.error for s in found] == sorted(s.error for s in found)
     sizes = [stored_bytes(s.weight) for s in found]
     assert sizes == sorted(sizes, reverse=True)
@@ -94,7 +94,7 @@ def test_it_loses_less_than_grids_of_as_many_bits(bits):
     for other in (Gptq(GridSpec(bits)), Obq(GridSpec(bits))):
         solved = other.solve(w, stats)
         size = 8 * stored_bytes(solved.weight) / w.numel()
-        assert EcqBits(size).solve(w, stats).error < 0.9 * solved.error
+        assert Ecq(size).solve(w, stats).error < 0.9 * solved.error
 
 
 def test_counting_bits_pays(monkeypatch):
@@ -103,7 +103,7 @@ def test_counting_bits_pays(monkeypatch):
 
     def spent(rate):
         monkeypatch.setattr(ecq, "RATE", rate)
-        solution = Ecq(1.6).solve(w, stats)
+        solution = EcqStep(1.6).solve(w, stats)
         return 8 * stored_bytes(solution.weight) / w.numel() + np.log2(solution.relative_error) / 2
 
     assert spent(0.08) < spent(1e-9) - 0.005
@@ -111,7 +111,7 @@ def test_counting_bits_pays(monkeypatch):
 
 def test_costs_are_about_what_the_coder_takes():
     w, stats = problem(64, 144, seed=5)
-    weight = Ecq(0.8).solve(w, stats).weight
+    weight = EcqStep(0.8).solve(w, stats).weight
     codes = weight.codes.to(torch.int16) - 2 ** (weight.nbits - 1)
     where = contexts(codes)
     told = costs(codes, where, 127)[where, codes.abs().long()].sum()
@@ -123,22 +123,22 @@ def test_rows_that_are_used_more_are_rounded_less():
     share = torch.tensor([0.9] + [0.1 / 7] * 7, dtype=torch.float64)
     white = LayerStats.white(64)
     stats = LayerStats(white.gram, white.mean, torch.tensor([100]), share)
-    lost = (Ecq(1.5).solve(w, stats).weight.dense() - w).square().mean(dim=1)
+    lost = (EcqStep(1.5).solve(w, stats).weight.dense() - w).square().mean(dim=1)
     assert lost[0] < lost[1:].mean()
 
 
 def test_zeros_and_single_numbers():
     w, stats = problem(4, 8, seed=6)
-    assert torch.equal(Ecq(1.0).solve(torch.zeros_like(w), stats).weight.dense(), torch.zeros_like(w))
+    assert torch.equal(EcqStep(1.0).solve(torch.zeros_like(w), stats).weight.dense(), torch.zeros_like(w))
     one = torch.tensor([[0.3]])
-    assert abs(float(Ecq(0.1).solve(one, LayerStats.white(1)).weight.dense()) - 0.3) < 0.03
+    assert abs(float(EcqStep(0.1).solve(one, LayerStats.white(1)).weight.dense()) - 0.3) < 0.03
 
 
 def test_what_cannot_be_is_refused():
     w, stats = problem(4, 8, seed=7)
     w[1, 2] = float("nan")
     with pytest.raises(SolveError, match="NaN"):
-        Ecq(1.0).solve(w, stats)
-    for make in (lambda: Ecq(0), lambda: Ecq(1.0, -1), lambda: EcqBits(0), lambda: EcqBits(9), lambda: EcqBits(2, -1)):
+        EcqStep(1.0).solve(w, stats)
+    for make in (lambda: EcqStep(0), lambda: EcqStep(1.0, -1), lambda: Ecq(0), lambda: Ecq(9), lambda: Ecq(2, -1)):
         with pytest.raises(UsageError):
             make()
