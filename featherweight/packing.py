@@ -22,7 +22,7 @@ from featherweight.weights.base import float_type
 DIGITS = (4, 5, 6, 7, 8)
 FULL = 10  # digits of fp16
 SLACK = 0.002  # of the distance to the dense outputs
-RATIO = 5  # how much smaller a table of contents becomes when it is packed
+RATIO = 3  # how much smaller a table of contents becomes when it is packed
 
 
 @torch.no_grad()
