@@ -39,7 +39,8 @@ def theirs(python: Path, path: Path, name: str) -> list[dict[str, Any]]:
     module, (_, test, _) = zoo(path), DATA[name]
     data = batches(getattr(module, test)(), 250)
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(python), "-P", str(Path(__file__).with_name("nncodec_child.py")), str(path.resolve()), name, folder]
+        child = Path(__file__).with_name("nncodec_child.py")
+        command = [str(python), "-P", str(child), str(path.resolve()), name, folder]
         done = subprocess.run([*command, *map(str, QPS)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
