@@ -123,10 +123,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = Augmented(train) if options.augment else train
     test = batches(getattr(module, TEST)(), 500)[: 1 if options.smoke else None]
     common = {"precision": options.precision, "labels": options.labels, "batch_size": 128}
-    common |= {"learning_rate": options.learning_rate}
+    common |= {"learning_rate": options.learning_rate, "mix": options.mix}
     pulling = common | {"learning_rate": options.admm_rate}
     known = {"network": NETWORK, "form": options.form, "keep": options.keep, "labels": options.labels}
-    known |= {"learning_rate": options.learning_rate, "admm_rate": options.admm_rate}
+    known |= {"learning_rate": options.learning_rate, "admm_rate": options.admm_rate, "mix": options.mix}
     known |= {"before": top1(dense, test)}
     start = time.perf_counter()
     recipe = recipe_of(settings(options))
@@ -193,6 +193,7 @@ def main() -> None:
     rate = fw.AdmmTraining(None).learning_rate
     parser.add_argument("--admm-rate", type=float, default=rate, help="learning rate of the epochs of ADMM")
     parser.add_argument("--labels", type=float, default=0.3)
+    parser.add_argument("--mix", type=float, default=0.0, help="share of the samples that are mixed; without labels")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--plain", dest="augment", action="store_false", help="images as they are")
     parser.add_argument("--state", type=Path, help="folder for checkpoints")

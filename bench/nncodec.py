@@ -58,7 +58,7 @@ def theirs(python: Path, path: Path, name: str) -> list[dict[str, Any]]:
 def ours(path: Path, name: str, size: int, folder: str) -> dict[str, Any]:
     """A file of at most `size` bytes."""
     calibration, test, _ = DATA[name]
-    settings = f"--target {size} --database {folder}/{name}"
+    settings = f"--target {size}B --database {folder}/{name}"
     found = measure(path, name, calibration, test, settings, Path(folder) / "small.fw")
     kept = {k: found[k] for k in ("network", "file_bytes", "before", "after", "compress_s", "fp32_bytes")}
     return kept | {"asked": size}
