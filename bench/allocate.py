@@ -228,7 +228,9 @@ def tables(content: dict[str, Any]) -> str:
             rows.append(f"| {network} | {len(lines)} | {min(top1):.1f} to {max(top1):.1f} | {cells} |")
         rows += ["", "![every policy](prediction.png)", ""]
     if content.get("targets"):
-        rows += ["Files of `compress --target`, and of the best uniform setting that is not larger:", ""]
+        rows += ["Files of `compress --target`, and of the best uniform setting that is not larger.", ""]
+        said = "measured before files were entropy-coded: what fits into a size now is in [coding-files.md]"
+        rows += [f"These were {said}(coding-files.md).", ""]
         titles = (
             "network",
             "target",

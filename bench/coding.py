@@ -1,14 +1,15 @@
 """Entropy coding: what it saves, beside other coders; how fast it is; what counting its bits gains.
 
-    python -m bench.coding rate coders speed lossless [--zoo ../shared/zoo.py]
+    python -m bench.coding rate coders speed lossless files [--only lstm_speech] [--zoo ../shared/zoo.py]
 
 `rate`: every convolution of resnet20_cifar10: layer errors of OBQ, GPTQ, additive codes and entropy-constrained
 quantization at equal coded bits, and what lambda does. `coders`: the same codes by other coders. `speed`: a file as
-large as a ResNet-50. `lossless`: checkpoints beside zstd -19. Needs `pip install constriction zstandard` for the second
-and the last. Each part writes bench/results/coding-PART.md.
+large as a ResNet-50. `lossless`: checkpoints beside zstd -19. `files`: what `--target` gives. Needs `pip install constriction zstandard` for the second
+and the fourth. Each part writes bench/results/coding-PART.md.
 """
 
 import argparse
+import json
 import math
 import statistics
 import tempfile
@@ -16,12 +17,14 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from bench.additive import Bed
+from bench.networks import measure
 from featherweight._pack import pack
 from featherweight.artifact import Artifact, StoredUnit, read, write
 from featherweight.artifact.write import to_bytes
@@ -34,6 +37,12 @@ from featherweight.weights import Grid, books_of
 from featherweight.weights.coded import stored_bytes
 
 RESULTS = Path(__file__).parent / "results"
+FILES = {  # network: calibration, test, targets
+    "resnet20_cifar10": ("cifar10_calibration", "cifar10_test", ("95kB", "78kB", "71kB", "58kB", "45kB")),
+    "resnet20_cifar100": ("cifar100_calibration", "cifar100_test", ("7.2x", "10x", "15.3x", "20x")),
+    "lstm_speech": ("speech_calibration", "speech_test", ("8x", "12x", "16x")),
+    "efficientnet_lite0": ("imagenet_calibration", "imagenet_val", ("10x", "13x")),
+}
 LEVELS = (2, 3)  # bits of the grids
 RATES = (0.0, 0.05, 0.08, 0.11, 0.15)  # lambda over step²
 
@@ -204,13 +213,49 @@ def lossless(zoo: Path) -> str:
     )
 
 
+def files(zoo: Path, only: list[str] | None) -> None:
+    """Files of `compress --target`, each read back in a fresh process; a network's lines replace its old ones."""
+    store = RESULTS / "coding-files.json"
+    kept = json.loads(store.read_text()) if store.exists() else []
+    for name in only or FILES:
+        calibration, test, targets = FILES[name]
+        kept = [x for x in kept if x["network"] != name]
+        with tempfile.TemporaryDirectory() as folder:
+            for target in targets:
+                settings = f"--target {target} --database {folder}/solved"
+                line = measure(zoo, name, calibration, test, settings, Path(folder) / "small.fw")
+                keys = ("network", "fp32_bytes", "half_bytes", "int8_bytes", "file_bytes", "before", "after")
+                kept.append({k: line[k] for k in (*keys, "compress_s")} | {"target": target})
+                print(kept[-1], flush=True)
+                kept.sort(key=lambda x: (list(FILES).index(x["network"]), -x["file_bytes"]))
+                store.write_text(json.dumps(kept, indent=1) + "\n")
+                (RESULTS / "coding-files.md").write_text(table_of(kept))
+
+
+def table_of(lines: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    rows = [
+        "| network | settings | file bytes | of fp32 | top-1 before | after | time |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for x in lines:
+        size = f"{x['file_bytes']:,} | {x['file_bytes'] / x['fp32_bytes']:.1%}"
+        shown = f"{x['network']} | `--target {x['target']}` | {size} | {x['before']:.2f} | {x['after']:.2f}"
+        rows.append(f"| {shown} | {x['compress_s']:.0f} s |")
+    return "\n".join(rows) + "\n"
+
+
 def main() -> None:
     parts = {"rate": rate, "coders": coders, "speed": speed, "lossless": lossless}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=parts)
+    parser.add_argument("parts", nargs="+", choices=(*parts, "files"))
+    parser.add_argument("--only", choices=FILES, action="append", help="of files")
     parser.add_argument("--zoo", type=Path, default=Path(__file__).parents[2] / "shared" / "zoo.py")
     options = parser.parse_args()
     for part in options.parts:
+        if part == "files":
+            files(options.zoo, options.only)
+            continue
         found = parts[part](options.zoo)
         (RESULTS / f"coding-{part}.md").write_text(found)
         print(found, flush=True)
