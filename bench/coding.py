@@ -4,8 +4,8 @@
 
 `rate`: every convolution of resnet20_cifar10: layer errors of OBQ, GPTQ, additive codes and entropy-constrained
 quantization at equal coded bits, and what lambda does. `coders`: the same codes by other coders. `speed`: a file as
-large as a ResNet-50. `lossless`: checkpoints beside zstd -19. `files`: what `--target` gives. Needs `pip install constriction zstandard` for the second
-and the fourth. Each part writes bench/results/coding-PART.md.
+large as a ResNet-50. `lossless`: checkpoints beside zstd -19. `files`: what `--target` gives. The second and the fourth
+need `pip install constriction zstandard`. Each part writes bench/results/coding-PART.md.
 """
 
 import argparse
