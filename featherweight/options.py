@@ -23,10 +23,10 @@ Weights = Annotated[Path | None, typer.Option(help="safetensors file that fills 
 Method = Annotated[
     str | None,
     typer.Option(
-        help="of all weights: rtn, gptq, obq; additive; magnitude, obs, admm; dictionary; or factors (see --keep)"
+        help="of all weights: rtn, gptq, obq; ecq; additive; magnitude, obs, admm; dictionary; factors (see --keep)"
     ),
 ]
-Bits = Annotated[float | None, typer.Option(help="1 to 8; of additive codes bits a weight, such as 2 or 2.33")]
+Bits = Annotated[float | None, typer.Option(help="1 to 8; of ecq and additive bits a weight, such as 1.8")]
 Share = Annotated[str | None, typer.Option(help="who shares books or dictionaries: network, stage or layer")]
 Vector = Annotated[
     int | None, typer.Option(help="weights in a vector of additive codes (default: what suits the size)")
