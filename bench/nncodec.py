@@ -76,7 +76,8 @@ def table(coded: list[dict[str, Any]], small: list[dict[str, Any]]) -> str:
         for own in small:
             if own["network"] == line["network"] and own["asked"] == int(SHARE * line["bytes"]):
                 left = f"{line['network']} | {line['qp']} | {line['bytes']:,} | {line['top1']:.2f}"
-                right = f"`{own['settings']}` | {own['file_bytes']:,} | {own['file_bytes'] / line['bytes']:.2f} | {own['after']:.2f}"
+                share = own["file_bytes"] / line["bytes"]
+                right = f"`{own['settings']}` | {own['file_bytes']:,} | {share:.2f} | {own['after']:.2f}"
                 rows.append(f"| {left} | {right} | {own['before']:.2f} | {own['compress_s']:.0f} s |")
     return "\n".join(rows) + "\n"
 
