@@ -44,6 +44,7 @@ from featherweight.sharing import fitted
 from featherweight.stats import LayerStats
 from featherweight.target import Baselines, Goal, Score
 from featherweight.weights import Factors
+from featherweight.weights.coded import stored_bytes
 
 EFFORT = 4e12  # multiply-adds that the search may spend on measuring policies
 SECONDS = 60  # that this takes, about
@@ -107,13 +108,14 @@ class Stage:
     def recounted(self, solutions: Mapping[str, Solution], small: nn.Module) -> "Stage":
         """With MACs, BOPs and latency of what is stored, and of the network that it makes."""
         weights = {name: s.weight for name, s in solutions.items()}
+        rows = tuple(replace(c, bytes=stored_bytes(weights[c.name])) for c in self.outcome.chosen)
         counted, clock, took = self.allocator.counted(weights), self.allocator.clock, {}
         if clock is not None:
             units = [StoredUnit(u.names, u.view, weights[u.name], "") for u in self.allocator.found.units]
             made = Artifact(tuple(u for u in units if isinstance(u.weight, Factors)), {}, ())
             quick = as_chains(copy.deepcopy(small), made, chains_of(small, made, example=clock.batch))
             took = {"latency": clock.network(quick)}
-        return replace(self, outcome=replace(self.outcome, **counted, **took))
+        return replace(self, outcome=replace(self.outcome, chosen=rows, **counted, **took))
 
     def over(self, size: int = 0) -> dict[str, int]:
         """By how much a file of `size` bytes, and the network as it was counted last, miss each limit, those that hold

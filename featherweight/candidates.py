@@ -186,11 +186,11 @@ def _factor_bits(goal: Goal) -> tuple[int, ...]:
     return () if goal.target is None and goal.bops is None else FACTOR_BITS
 
 
-def refined(method: Method, bits: float) -> Method:
-    """The better form of a candidate's method, which takes longer and stores as much, `bits` a weight; books are fitted
-    anew, as fewer weights use them."""
+def refined(method: Method, bits: float | None) -> Method:
+    """The better form of a candidate's method, which takes longer and stores as much, `bits` a weight, or whatever it
+    takes where that is None; books are fitted anew, as fewer weights use them."""
     match method:
-        case EcqStep():
+        case EcqStep() if bits is not None:
             return Ecq(min(max(round(bits, 4), LEAST), MOST), method.damp)
         case Additive():
             return replace(method, width=WIDTH, books=None)
@@ -230,6 +230,7 @@ def solve_candidates(
     """
     total, done = sum(map(len, methods.values())), 0
     found: dict[str, list[Candidate]] = {}
+    tied = {units[i].name for group in groups or () if len(group) > 1 for i in group}
     progress("candidates", 0, total)
     for unit in units:
         w = unit.view.matrix(net.get_parameter(unit.name).detach().cpu())
@@ -243,7 +244,8 @@ def solve_candidates(
             except SolveError as error:
                 raise SolveError(f"{unit.name}: {error}") from error
             size, lost = stored_bytes(solution.weight), rise(unit, solution)
-            final = method if unit.name in fixed else refined(method, 8 * size / w.numel())
+            apart = unit.name not in tied  # tied weights have one step, not each the step for its bits
+            final = method if unit.name in fixed else refined(method, 8 * size / w.numel() if apart else None)
             own = positions, input_bits.get(unit.name, 0), clock, (calls or {}).get(unit.name, ())
             counted = operations(solution.weight, unit, *own)
             rows.append(Candidate(method, final, solution, bytes=size, rise=lost, **counted))

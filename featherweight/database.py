@@ -181,7 +181,7 @@ class Database:
         marked = Artifact(entry.units, entry.rest, entry.norms, entry.about | {"fingerprint": key})
         try:
             self.folder.mkdir(exist_ok=True)
-            write(marked, self.path(key))
+            write(marked, self.path(key), coded=False)
         except (OSError, UsageError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             why = cause.strerror if isinstance(cause, OSError) else error

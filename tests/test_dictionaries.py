@@ -54,7 +54,7 @@ def test_a_common_dictionary_is_stored_once_and_comes_back_shared(network, bits,
     assert not dictionaries(apart.artifact)
     assert sum(u.error or 0.0 for u in small.artifact.units) < sum(u.error or 0.0 for u in apart.artifact.units)
     assert size <= apart.report.file_bytes + 64
-    assert fw.plan(net, recipe=recipes[0]).file_bytes == pytest.approx(size, rel=0.03)
+    assert fw.plan(net, recipe=recipes[0]).file_bytes == pytest.approx(size, rel=0.1)  # predicted without coding
     loaded = fw.load(tmp_path / "small.fw", into=digits.make())
     for unit in small.artifact.units:
         assert torch.equal(loaded.get_parameter(unit.names[0]), unit.tensor())

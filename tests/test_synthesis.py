@@ -148,7 +148,7 @@ def test_compress_without_data():
     assert (found.kind, found.given, found.samples) == ("synthetic", True, 48)
     assert found.shape == shape
     assert found.mismatch < 0.5 * found.noise
-    assert {r.method.split()[0] for r in report.rows} == {"obq"}
+    assert {r.method.split()[0] for r in report.rows} <= {"obq", "ecq"}
     assert report.allocation.measured is not None
     assert "real data would be better" in report.to_dict()["notes"][0]
 

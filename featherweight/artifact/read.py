@@ -369,7 +369,7 @@ def _rest(entry: Any, i: int, streams: dict[str, Stream], known: dict[str, Tenso
     """A tensor and its name. known: those before it, one of which it may be again."""
     where = f"rest[{i}]"
     if isinstance(entry, list) and len(entry) == 2 and entry[1] in known:
-        return text(entry[0], where), known[entry[1]]
+        return text(entry[0], where), known[entry[1]].clone()  # who changes one must not change both
     if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[1], str) or entry[1] not in STREAMS:
         raise FormatError(f"{where} must be [name, type, shape]")
     shape = shape_of(entry[2], where, least=0)

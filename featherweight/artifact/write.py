@@ -171,13 +171,16 @@ def stamp(data: bytes) -> bytes:
     return data[:place] + digest + data[place + len(digest) :]
 
 
-def write(artifact: Artifact, path: Path) -> int:
+def write(artifact: Artifact, path: Path, coded: bool = True) -> int:
     """Write the file under a temporary name beside `path`, then rename it. Returns its size in bytes.
+
+    Args:
+        coded: as `to_bytes`, else as `plain_bytes`: for files that come and go.
 
     Raises:
         UsageError: the folder does not exist or cannot be written, or the file would not be readable.
     """
-    data = to_bytes(artifact)
+    data = to_bytes(artifact) if coded else plain_bytes(artifact)
     try:
         from_bytes(data)
     except FormatError as error:

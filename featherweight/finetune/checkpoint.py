@@ -61,7 +61,7 @@ def save(
     for i, step in enumerate(steps):
         tensors |= {f"{name}.{i}": t for name, t in optimizer.state.get(step, {}).items()}
     tensors |= {f"{KEPT}.{name}": t for name, t in kept.items()}
-    write(Artifact((), tensors, (), {"kind": kind, "of": mark, "place": asdict(place)}), path)
+    write(Artifact((), tensors, (), {"kind": kind, "of": mark, "place": asdict(place)}), path, coded=False)
 
 
 def content(path: Path, kind: str) -> bytes:
