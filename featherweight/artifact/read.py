@@ -62,7 +62,7 @@ def _artifact(data: bytes) -> Artifact:
     header = _header(data)
     streams = streams_of(data)
     contents = _contents(header, streams["u8"])
-    decode_streams(contents.get("streams", {}), streams, len(data))
+    decode_streams(contents.get("streams", {}), streams)
     methods = [text(m, "methods") for m in listed(contents["methods"], "methods")]
     version = contents["format"]
     books = [_book(shape, i, streams) for i, shape in enumerate(listed(contents.get("books", []), "books"))]
@@ -80,7 +80,7 @@ def _artifact(data: bytes) -> Artifact:
         raise FormatError("a shared factor is used by no weight")
     rest: dict[str, Tensor] = {}
     for i, entry in enumerate(listed(contents["rest"], "rest")):
-        name, tensor = _rest(entry, i, streams, rest if version >= 6 else {})
+        name, tensor = _rest(entry, i, streams, rest if version >= 6 else {}, claims)
         rest[name] = tensor
     norms = [_norm(entry, i, streams) for i, entry in enumerate(listed(contents["batchnorm"], "batchnorm"))]
     for stream in streams.values():
@@ -186,7 +186,8 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 @final
 @dataclass(slots=True)
 class _Claims:
-    """Entries that all weights together may still have: masks of whole rows say much in few bits."""
+    """Entries that all weights, and tensors that are others again, may still have together: masks of whole rows say
+    much in few bits."""
 
     left: int
 
@@ -365,10 +366,13 @@ def _piece(streams: dict[str, Stream], dtype: torch.dtype, count: int, where: st
     return next(s for name, s in streams.items() if STREAMS[name] == dtype).take(count, where)
 
 
-def _rest(entry: Any, i: int, streams: dict[str, Stream], known: dict[str, Tensor]) -> tuple[str, Tensor]:
+def _rest(
+    entry: Any, i: int, streams: dict[str, Stream], known: dict[str, Tensor], claims: _Claims
+) -> tuple[str, Tensor]:
     """A tensor and its name. known: those before it, one of which it may be again."""
     where = f"rest[{i}]"
-    if isinstance(entry, list) and len(entry) == 2 and entry[1] in known:
+    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) and entry[1] in known:
+        claims.take(known[entry[1]].numel(), where)
         return text(entry[0], where), known[entry[1]].clone()  # who changes one must not change both
     if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[1], str) or entry[1] not in STREAMS:
         raise FormatError(f"{where} must be [name, type, shape]")

@@ -38,8 +38,8 @@ def decoder(data: Array) -> tuple[Array, Array]:
 
 
 def finish(state: Array, room: Array) -> Array | None:
-    """The bytes of an encoder, or None where they are more than there is room for. As few as say which interval it
-    is: a decoder takes what is missing at the end as zeros."""
+    """The bytes of an encoder, or None where they are more than there is room for. Behind those that are done, as few
+    as say which interval it is: a decoder takes what is missing as zeros."""
     low, high, place = (int(state[i]) for i in (LOW, HIGH, PLACE))
     if place > len(room):
         return None
@@ -52,6 +52,13 @@ def finish(state: Array, room: Array) -> Array | None:
 def exhausted(state: Array, data: Array) -> bool:
     """Whether a decoder has read all of its bytes, and not more than can be: else they are no code of what it found."""
     return len(data) <= int(state[PLACE]) <= len(data) + PAST
+
+
+@njit(cache=True, nogil=True)
+def overrun(state, buffer):  # pragma: no cover - compiled
+    """Whether no further bit can make it right: there is no room for it, or it would be read from behind the end. A
+    bit may be worth a thousandth of a byte, so that few bytes would take long to read as many numbers."""
+    return state[2] > len(buffer) + 4
 
 
 @njit(cache=True, nogil=True, inline="always")

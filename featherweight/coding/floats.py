@@ -12,7 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from featherweight.coding._coder import EVEN, RATES, Array, decoder, encoder, exhausted, finish, model_bit
+from featherweight.coding._coder import EVEN, RATES, Array, decoder, encoder, exhausted, finish, model_bit, overrun
 from featherweight.errors import FormatError
 
 HEAD = 3  # bits of the mantissa that depend on the exponent
@@ -38,6 +38,8 @@ KINDS = {
 def encode_floats(values: Tensor) -> Tensor | None:
     """The bytes of a vector of floats, or None where they are no fewer than it has. The first one says how many bytes
     of every number are written beside, at the end."""
+    if not values.numel():
+        return None
     kind = KINDS[values.dtype]
     given = _whole(values, kind)
     noise = _noise(given, kind)
@@ -73,8 +75,8 @@ def decode_floats(data: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _whole(values: Tensor, kind: _Kind) -> Array:
-    """The bits of every float as a number, int64; that of a float64 may be negative."""
-    bits = values.reshape(-1).contiguous().view(kind.view).to(torch.int64)
+    """The bits of every float as a number, int64, a copy; that of a float64 may be negative."""
+    bits = values.reshape(-1).contiguous().view(kind.view).to(torch.int64, copy=True)
     return (bits if kind.view == torch.int64 else bits & ((1 << (1 + kind.exponent + kind.mantissa)) - 1)).numpy()
 
 
@@ -112,6 +114,8 @@ def _walk(values, exponent_bits, mantissa_bits, noise, state, buffer, p, n, rate
     heads = tree + (1 << exponent_bits)
     lower = heads + (8 << exponent_bits)
     for i in range(len(values)):
+        if overrun(state, buffer):
+            return
         value = values[i]
         found = model_bit(state, buffer, (value >> (exponent_bits + mantissa_bits)) & 1, p, n, 0, rates)
         node = 1

@@ -12,7 +12,18 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from featherweight.coding._coder import LEAST, RATES, Array, decoder, encoder, even_bit, exhausted, finish, model_bit
+from featherweight.coding._coder import (
+    LEAST,
+    RATES,
+    Array,
+    decoder,
+    encoder,
+    even_bit,
+    exhausted,
+    finish,
+    model_bit,
+    overrun,
+)
 from featherweight.coding._coder import MOST as SUREST
 from featherweight.errors import FormatError, require
 
@@ -159,6 +170,8 @@ def _walk(values, kept, most, signed, state, buffer, p, n, thresholds, rates):  
         for c in range(cols):
             if sparse and not kept[r, c]:
                 continue
+            if overrun(state, buffer):
+                return
             x = _context(values, r, c, row, column[c], thresholds)
             size = abs(values[r, c])
             k = 0

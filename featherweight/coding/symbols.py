@@ -8,7 +8,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from featherweight.coding._coder import EVEN, RATES, decoder, encoder, exhausted, finish, model_bit
+from featherweight.coding._coder import EVEN, RATES, decoder, encoder, exhausted, finish, model_bit, overrun
 from featherweight.errors import FormatError, require
 
 WIDEST = 16  # bits
@@ -46,6 +46,8 @@ def _fresh(bits: int) -> tuple[np.ndarray, np.ndarray]:
 @njit(cache=True, nogil=True)
 def _walk(values, bits, state, buffer, p, n, rates):  # pragma: no cover - compiled
     for i in range(len(values)):
+        if overrun(state, buffer):
+            return
         node = 1
         for j in range(bits - 1, -1, -1):
             node = 2 * node + model_bit(state, buffer, (values[i] >> j) & 1, p, n, node, rates)

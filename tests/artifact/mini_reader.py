@@ -45,10 +45,7 @@ def parse(data: bytes):
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     contents = json.loads(header["__metadata__"]["featherweight"])
-    assert contents["format"] in (1, 2, 3, 4, 5)
-    if contents["format"] >= 4:
-        assert set(contents) == {"format", "checksum", "packed"}
-        contents |= json.loads(zlib.decompress(base64.b85decode(contents["packed"])))
+    assert contents["format"] in (1, 2, 3, 4, 5, 6)
     mark = b'\\"checksum\\":\\"'
     assert data.count(mark + contents["checksum"].encode()) == 1
     blank = data.replace(mark + contents["checksum"].encode(), mark + b"0" * 32)
@@ -67,8 +64,21 @@ def parse(data: bytes):
         assert len(values) == count
         return values
 
+    if contents["format"] >= 4:
+        assert set(contents) == {"format", "checksum", "packed"}
+        own = contents["packed"]
+        table = base64.b85decode(own) if contents["format"] < 6 else take("u8", own).tobytes()
+        contents |= json.loads(zlib.decompress(table))
+    for name, (count, size) in sorted(contents.get("streams", {}).items()):
+        coded = take("u8", size).tobytes()
+        assert len(streams.get(name, ())) == 0
+        streams[name] = (
+            floats(coded, count, name) if name in FLOATS else np.frombuffer(zlib.decompress(coded), TYPES[name])
+        )
+        assert len(streams[name]) == count
+        places.setdefault(name, 0)
     books = [widened("f16", take("f16", words * d)).reshape(words, d) for words, d in contents.get("books", [])]
-    common = [matrix(take, *f["shape"], f["weight"], []) for f in contents.get("factors", [])]
+    common = [matrix(take, *f["shape"], f["weight"], [], {}) for f in contents.get("factors", [])]
     tensors, grids = {}, {}
     for entry in contents["units"]:
         shape, groups = entry["shape"], entry.get("transposed_groups", 0)
@@ -77,9 +87,9 @@ def parse(data: bytes):
             inputs, outputs, taps = shape[0] // groups, shape[1], prod(shape[2:])
             rows, cols = groups * outputs, inputs * taps
         if entry["weight"]["kind"] == "factors":
-            tensor = contracted(take, rows, cols, entry["weight"], common)
+            tensor = contracted(take, rows, cols, entry["weight"], common, entry.get("coded", {}))
         else:
-            tensor = matrix(take, rows, cols, entry["weight"], books)
+            tensor = matrix(take, rows, cols, entry["weight"], books, entry.get("coded", {}))
         if groups:
             tensor = tensor.reshape(groups, outputs, inputs, taps).swapaxes(1, 2)
         for name in entry["names"]:
@@ -87,8 +97,12 @@ def parse(data: bytes):
         if "input" in entry:
             assert contents["format"] >= 2
             grids |= dict.fromkeys(entry["names"], tuple(entry["input"][k] for k in ("bits", "scale", "zero")))
-    for name, dtype, shape in contents["rest"]:
-        tensors[name] = widened(dtype, take(dtype, prod(shape))).reshape(shape)
+    for name, *said in contents["rest"]:
+        if len(said) == 1:
+            tensors[name] = tensors[said[0]]
+        else:
+            dtype, shape = said
+            tensors[name] = widened(dtype, take(dtype, prod(shape))).reshape(shape)
     for name, dtype, channels, eps in contents["batchnorm"]:
         tensors[f"{name}.weight"] = widened(dtype, take(dtype, channels))
         tensors[f"{name}.bias"] = widened(dtype, take(dtype, channels))
@@ -98,36 +112,44 @@ def parse(data: bytes):
     return tensors, {n: (bits, np.float32(scale), zero) for n, (bits, scale, zero) in grids.items()}
 
 
-def matrix(take, rows, cols, meta, books):
+def matrix(take, rows, cols, meta, books, coded):
     mask = np.ones(rows * cols, bool)
     if meta["kind"] == "sparse":
-        mask = kept(take, rows, cols, meta.get("mask", {"kind": "entries"})).reshape(-1)
+        if "mask" in coded:
+            mask = signed(take("u8", coded["mask"]), mask.reshape(rows, cols), 1, signs=False).astype(bool).reshape(-1)
+        else:
+            mask = kept(take, rows, cols, meta.get("mask", {"kind": "entries"})).reshape(-1)
         assert mask.sum() == meta["kept"]
     values = np.zeros(rows * cols, np.float32)
     if meta.get("values", meta["kind"]) == "dense":
         values[mask] = widened(meta["type"], take(meta["type"], mask.sum()))
     elif meta.get("values", meta["kind"]) == "codebook":
-        return vectors(take, mask.reshape(rows, cols), meta, [books[i] for i in meta["books"]])
+        return vectors(take, mask.reshape(rows, cols), meta, [books[i] for i in meta["books"]], coded)
     else:
         bits, group = meta["bits"], meta["group"]
         per_row = ceil(cols / group) if group else 0
         scales = rows * per_row or 1
-        codes = integers(take, mask.sum(), bits)
+        codes = take("u8", coded["codes"]) if "codes" in coded else integers(take, mask.sum(), bits)
         scale = widened(meta["type"], take(meta["type"], scales))
         middle = np.full(scales, 0.5 if bits == 1 else 2 ** (bits - 1))
         zero = middle if meta["sym"] else integers(take, scales, bits)
         row, col = np.divmod(np.flatnonzero(mask), cols)
         own = row * per_row + col // group if group else row * 0
+        if "codes" in coded:
+            most = 2 ** (bits - 1) if meta["sym"] else 2**bits - 1
+            codes = zero[own] + signed(codes, mask.reshape(rows, cols), most).reshape(-1)[mask]
+            assert set(codes.tolist()) <= set(range(2**bits))
         with np.errstate(over="ignore"):
             values[mask] = scale[own] * (codes - zero[own]).astype(np.float32)
     return values.reshape(rows, cols)
 
 
-def contracted(take, rows, cols, meta, common):
+def contracted(take, rows, cols, meta, common, coded):
     sizes, parts = meta["sizes"], []
-    for term, own in zip(meta["terms"], meta["factors"], strict=True):
+    for k, (term, own) in enumerate(zip(meta["terms"], meta["factors"], strict=True)):
         first, *others = (sizes[x] for x in term)
-        part = common[own] if isinstance(own, int) else matrix(take, first, prod(others), own, [])
+        mine = {name.partition(".")[2]: n for name, n in coded.items() if name.partition(".")[0] == str(k)}
+        part = common[own] if isinstance(own, int) else matrix(take, first, prod(others), own, [], mine)
         parts.append(part.astype(np.float64).reshape(first, *others))
     letters, total = meta["terms"][0], parts[0]
     for k, term in enumerate(meta["terms"][1:], 1):
@@ -138,12 +160,17 @@ def contracted(take, rows, cols, meta, common):
         return np.einsum(f"{letters}->{meta['axes']}", total).reshape(rows, cols).astype(np.float32)
 
 
-def vectors(take, mask, meta, books):
+def vectors(take, mask, meta, books, coded):
     rows, cols = mask.shape
     d, taps = books[0].shape[1], meta.get("taps", 1)
     needed = [ceil(n / d) for n in mask.sum(axis=1)]
     assert sum(needed) == meta.get("vectors", sum(needed))
-    codes = [integers(take, sum(needed), (len(book) - 1).bit_length()) for book in books]
+    codes = []
+    for m, book in enumerate(books):
+        bits, size = (len(book) - 1).bit_length(), coded.get(f"codes{m}")
+        codes.append(
+            integers(take, sum(needed), bits) if size is None else symbols(take("u8", size), sum(needed), bits)
+        )
     scale = widened(meta["type"], take(meta["type"], rows))
     total = books[0][codes[0]]
     for book, own in zip(books[1:], codes[1:], strict=True):
@@ -201,3 +228,119 @@ def widened(dtype, values):
     if dtype == "bf16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32) if dtype == "f16" else values.astype(bool) if dtype == "bool" else values
+
+
+# ---------------------------------------------------------------- coded fields
+FLOATS = {"f16": (5, 10), "bf16": (8, 7), "f32": (8, 23), "f64": (11, 52)}
+THRESHOLDS = """13 27 44 64 89 118 152 192 241 299 367 448 545 661 798 960 1154 1385 1659 1984 2372 2833
+    3381 4032 4807 5729 6825 8128 9678 11522 13714 16320 19420 23107 27491"""
+THRESHOLDS = [int(word) for word in THRESHOLDS.split()]
+
+
+class Bits:
+    """Finds bits in a string of bytes. Models are [p, n], by any key; those that are not there are even."""
+
+    def __init__(self, data, models=()):
+        self.data, self.read, self.models = bytes(data), 4, dict(models)
+        self.low, self.high, self.code = 0, 2**32 - 1, int.from_bytes(self.data[:4].ljust(4, b"\0"), "big")
+
+    def even(self, p=32768):
+        mid = self.low + ((self.high - self.low) * p >> 16)
+        bit = int(self.code <= mid)
+        if bit:
+            self.high = mid
+        else:
+            self.low = mid + 1
+        while self.low >> 24 == self.high >> 24:
+            self.low, self.high = self.low % 2**24 * 256, self.high % 2**24 * 256 + 255
+            self.code = self.code % 2**24 * 256 + (self.data[self.read] if self.read < len(self.data) else 0)
+            self.read += 1
+        return bit
+
+    def bit(self, key):
+        model = self.models.setdefault(key, [32768, 2])
+        p, n = model
+        bit, rate = self.even(p), 131072 // (2 * n + 3)
+        model[0] = min(p + ((65536 - p) * rate >> 16), 65504) if bit else max(p - (p * rate >> 16), 32)
+        model[1] = min(n + 1, 255)
+        return bit
+
+    def symbol(self, bits, *key):
+        node = 1
+        for _ in range(bits):
+            node = 2 * node + self.bit((*key, node))
+        return node - 2**bits
+
+    def finish(self):
+        assert len(self.data) <= self.read <= len(self.data) + 4
+
+
+def symbols(data, count, bits):
+    coder = Bits(data)
+    found = [coder.symbol(bits) for _ in range(count)]
+    coder.finish()
+    return np.array(found, np.int64)
+
+
+def signed(data, mask, most, signs=True):
+    """Integers where the mask is true, 0 elsewhere."""
+    coder, top = Bits(data, geometric()), most.bit_length()
+    values = np.zeros(mask.shape, np.int64)
+    sizes = values.copy()
+    for r, c in zip(*(x.tolist() for x in np.nonzero(mask)), strict=True):
+        x, k = context(sizes, r, c), 0
+        while k < top and coder.bit(("more", x, k)):
+            k += 1
+        size = int(k > 0)
+        for place in range(k - 1):
+            bit = coder.bit([("second", x, k), ("third", k, size % 2)][place]) if place < 2 else coder.even()
+            size = 2 * size + bit
+        assert size <= most
+        sizes[r, c] = size
+        values[r, c] = -size if size and signs and coder.bit("sign") else size
+    coder.finish()
+    return values
+
+
+def context(sizes, r, c):
+    total, weight = 0, 0
+    if c >= 1:
+        total += 320 * int(sizes[r, c - 1]) + 32 * min(c, 16) * int(sizes[r, :c].sum()) // c
+        weight += 20 + 2 * min(c, 16)
+    if c >= 2:
+        total, weight = total + 160 * int(sizes[r, c - 2]), weight + 10
+    if r >= 1:
+        total, weight = total + 80 * min(r, 8) * int(sizes[:r, c].sum()) // r, weight + 5 * min(r, 8)
+    mean = 16 * total // weight if weight else 64
+    return sum(mean >= t for t in THRESHOLDS)
+
+
+def geometric():
+    models, ends = {}, [0, *THRESHOLDS, 54982]
+    for x in range(36):
+        mean = (ends[x] + ends[x + 1]) // 2
+        chance = 65536 * mean // (256 + mean)
+        for k in range(8):
+            models["more", x, k] = [min(max(chance, 32), 65504), 4]
+            if k <= 6:
+                models["second", x, k + 2] = [min(max(chance * 65536 // (65536 + chance), 32), 65504), 4]
+            chance = chance * chance >> 16 if k else chance
+    return models
+
+
+def floats(data, count, stream):
+    exponents, mantissa = FLOATS[stream]
+    noise = data[0]
+    assert 8 * noise <= mantissa - 3
+    end = len(data) - count * noise
+    coder, found = Bits(data[1:end]), []
+    for i in range(count):
+        value = coder.bit("sign")
+        exponent = coder.symbol(exponents, "exponent")
+        value = (value << exponents | exponent) << 3 | coder.symbol(3, exponent)
+        for place in range(mantissa - 4, 8 * noise - 1, -1):
+            value = value << 1 | coder.bit(place)
+        beside = data[end + i * noise : end + (i + 1) * noise]
+        found.append(value << 8 * noise | int.from_bytes(beside, "little"))
+    coder.finish()
+    return np.array(found, f"<u{(1 + exponents + mantissa) // 8}").view(TYPES[stream])

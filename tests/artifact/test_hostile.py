@@ -385,7 +385,7 @@ def shorter(stream, size):
 HUGE = 2**39
 ATTACKS = {
     # versions
-    "version-6": (edit("format", 6), "version 6; this featherweight reads versions 1, 2, 3, 4, 5. Try a newer release"),
+    "version-7": (edit("format", 7), "version 7; .* reads versions 1, 2, 3, 4, 5, 6. Try a newer release"),
     "version-1-with-inputs": (edit("format", 1), r"units\[1\] must have the fields"),
     "version-0": (edit("format", 0), "format version 0"),
     "version-true": (edit("format", True), "no format version"),
