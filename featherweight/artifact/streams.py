@@ -14,7 +14,7 @@ from featherweight.artifact.schema import STREAMS
 from featherweight.coding import decode_floats
 from featherweight.errors import FormatError
 
-DENSEST_CODE = 2048  # bytes that a coded byte can stand for: 1,032 by zlib, 1,420 as floats
+DENSEST_CODE = 2048  # bytes that a coded byte can stand for: 1,032 by zlib, fewer as floats
 
 
 @final

@@ -70,7 +70,7 @@ def spliced(tensors: dict[str, Any], payload: bytes, count: int, values: bytes) 
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [len(payload)] * 2}
     start = (tensors.get("u8") or entry)["data_offsets"][0]
     more, found = len(values) - count, {}
-    for name, own in ({"u8": entry} | tensors).items():
+    for name, own in (tensors if "u8" in tensors else tensors | {"u8": entry}).items():
         first, last = own["data_offsets"]
         moved = [first, last + more] if name == "u8" else [n + more if first >= start else n for n in (first, last)]
         shape = [own["shape"][0] + more] if name == "u8" else own["shape"]
