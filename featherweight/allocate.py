@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from featherweight.activations import ActivationGrid
-from featherweight.allocator import MARGIN, Allocation, Allocator, Point, chosen, spread
+from featherweight.allocator import MARGIN, Allocation, Allocator, Point, chosen, spread, with_margin
 from featherweight.artifact.schema import Artifact, StoredUnit
 from featherweight.candidates import (
     FLOAT,
@@ -103,7 +103,7 @@ class Stage:
     @property
     def bytes(self) -> int:
         """Predicted, of the whole file."""
-        return self.allocator.size(self.choices) + MARGIN
+        return with_margin(self.allocator.size(self.choices))
 
     def recounted(self, solutions: Mapping[str, Solution], small: nn.Module) -> "Stage":
         """With MACs, BOPs and latency of what is stored, and of the network that it makes."""
@@ -167,7 +167,7 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     candidates, what = _candidates(setting, tries, groups, goal.score, solving, judging, progress, clock, calls)
     coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.structured else {}
     known = setting.grids, setting.about, coupled, positions, setting.input_bits, clock, calls
-    digits = DIGITS[1] if judging and setting.correcting else FULL  # about what will do
+    digits = DIGITS[-2] if judging and setting.correcting else FULL  # mostly enough: more would miss the target
     allocator = Allocator(net, setting.found, candidates, groups, *known, digits)
     task = allocator.task(limits)
     judge = _judge(setting, candidates, judging) if measuring else None

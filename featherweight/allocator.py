@@ -29,7 +29,7 @@ from featherweight.search import Choices, Task
 from featherweight.weights import Sparse, Weight
 from featherweight.weights.coded import stored_bytes
 
-MARGIN = 64  # bytes that a file may vary by: layer errors are written in decimal
+MARGIN, VARIES = 64, 400  # bytes that a file may vary by, and one in so many: what is chosen is solved and coded anew
 SETTLING = 4  # times that the size of everything but the weights is looked at again
 NAMES = {"bytes": "bytes", "macs": "MACs", "bops": "BOPs", "latency": "microseconds", "params": "parameters"}
 BEYOND = 1 << 40  # more than any limit
@@ -225,7 +225,7 @@ class Allocator:
         found = {}
         for b in budgets:
             least = self.cheapest(b)
-            found[b] = self.size(least) + MARGIN if b == "bytes" else self.costs(least, [b])[b]
+            found[b] = with_margin(self.size(least)) if b == "bytes" else self.costs(least, [b])[b]
         found |= {"latency": found["latency"] + self.overhead} if "latency" in found else {}
         return found | ({"params": found["params"] + self.others} if "params" in found else {})
 
@@ -268,18 +268,18 @@ class Allocator:
         choices = self._made_of(opened) if opened else self.cheapest(budgets[0], without)
         plain = self.cheapest(budgets[0], frozenset(self.cuts()))  # a file without books has a larger header
         task, safe, over, largest = None, None, 0, 0
-        linear = bool(self.coupled)
+        linear, margin = bool(self.coupled), MARGIN + limits.get("bytes", 0) // VARIES
         for turn in range(SETTLING):  # what the rest takes, and what a row is worth, depends on the choices
             used = self.cuts(choices)
             if "bytes" in limits and (used or not opened):
                 unused = sum(c.storage for c in opened - set(used))  # of books that another policy may need
-                over = self._rest(choices) + unused + MARGIN
+                over = self._rest(choices) + unused + margin
             largest = max(largest, over)
             rest = {"bytes": over if turn < SETTLING - 1 else largest, "latency": self.overhead, "params": self.others}
             inner = {b: limits[b] - rest.get(b, 0) for b in budgets}
             meets = self._meets(inner) if linear else None
             if opened and "bytes" in limits:
-                meets = self._meets(inner, max(self._rest(plain) + MARGIN - over, 0))
+                meets = self._meets(inner, max(self._rest(plain) + margin - over, 0))
             if meets is not None and meets(choices):
                 safe = choices
             if linear and turn > 0:  # at first every unit pays for all its rows, which is more than the truth
@@ -341,6 +341,11 @@ def _cut(candidate: Candidate) -> Vectors | None:
     """The vectors from shared books that a candidate is made of."""
     own = additive_of(candidate.method)
     return None if own is None else own.cut(0)
+
+
+def with_margin(size: int) -> int:
+    """Bytes that a file of about `size` may have."""
+    return size + MARGIN + size // VARIES
 
 
 def chosen(allocator: Allocator, choices: Choices) -> tuple[Chosen, ...]:

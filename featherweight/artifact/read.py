@@ -69,7 +69,8 @@ def _artifact(data: bytes) -> Artifact:
     entries = enumerate(listed(contents["units"], "units"))
     claims = _Claims(max(FREE, DENSEST * len(data)))
     common = [
-        _factor(entry, i, streams, claims) for i, entry in enumerate(listed(contents.get("factors", []), "factors"))
+        _factor(entry, i, streams, claims, version)
+        for i, entry in enumerate(listed(contents.get("factors", []), "factors"))
     ]
     waiting = [_unit(entry, i, methods, streams, version, claims, books, common) for i, entry in entries]
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:  # coded fields take time, and let others work
@@ -274,10 +275,10 @@ def _coded(said: Any, layout: Layout, where: str) -> dict[str, int]:
     return said
 
 
-def _factor(entry: Any, i: int, streams: dict[str, Stream], claims: _Claims) -> Factor:
+def _factor(entry: Any, i: int, streams: dict[str, Stream], claims: _Claims, version: int) -> Factor:
     """A factor that weights share."""
     where = f"factors[{i}]"
-    keys(entry, where, ("shape", "weight"))
+    keys(entry, where, ("shape", "weight"), ("coded",) if version >= 6 else ())
     shape = shape_of(entry["shape"], f"{where}.shape")
     meta = entry["weight"]
     if len(shape) != 2 or not isinstance(meta, dict) or meta.get("kind") not in ("dense", "grid"):
@@ -286,9 +287,11 @@ def _factor(entry: Any, i: int, streams: dict[str, Stream], claims: _Claims) -> 
     fields = {k: v for k, v in meta.items() if k != "kind"}
     size = shape[0], shape[1]
     try:
-        pieces = {f: _piece(streams, t, n, f"{where}.{f}") for f, (t, n) in kind.layout(size, fields).items()}
+        layout = kind.layout(size, fields)
+        coded = _coded(entry.get("coded", {}), layout, f"{where}.coded")
+        pieces = {f: _piece(streams, t, coded.get(f, n), f"{where}.{f}") for f, (t, n) in layout.items()}
         claims.take(shape[0] * shape[1], where)
-        return kind.load(size, fields, pieces)
+        return kind.load(size, fields, uncoded(kind, size, fields, pieces, frozenset(coded)) if coded else pieces)
     except FormatError as wrong:
         raise FormatError(f"{where}: {wrong}") from None
 

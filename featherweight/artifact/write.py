@@ -78,9 +78,11 @@ def _taken_apart(artifact: Artifact, coded: bool) -> tuple[dict[str, Any], dict[
         for part in shared_factors(unit.weight):
             if _factor(part) not in common:
                 common[_factor(part)] = len(factors)
-                factors.append({"shape": part.shape, "weight": {"kind": part.kind} | part.meta()})
-                for tensor in part.tensors().values():
-                    put(tensor)
+                shorter = codes_of(part) if coded else {}
+                said = {"shape": part.shape, "weight": {"kind": part.kind} | part.meta()}
+                factors.append(said | ({"coded": {n: len(t) for n, t in shorter.items()}} if shorter else {}))
+                for name, tensor in part.tensors().items():
+                    put(shorter.get(name, tensor))
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
         codes = list(pool.map(codes_of, [u.weight for u in artifact.units])) if coded else [{} for _ in artifact.units]
     for unit, own_coded in zip(artifact.units, codes, strict=True):

@@ -78,7 +78,7 @@ def parse(data: bytes):
         assert len(streams[name]) == count
         places.setdefault(name, 0)
     books = [widened("f16", take("f16", words * d)).reshape(words, d) for words, d in contents.get("books", [])]
-    common = [matrix(take, *f["shape"], f["weight"], [], {}) for f in contents.get("factors", [])]
+    common = [matrix(take, *f["shape"], f["weight"], [], f.get("coded", {})) for f in contents.get("factors", [])]
     tensors, grids = {}, {}
     for entry in contents["units"]:
         shape, groups = entry["shape"], entry.get("transposed_groups", 0)
