@@ -309,15 +309,36 @@ def speed(bed: Bed) -> str:
     return "\n".join(rows) + "\n"
 
 
-def decoding() -> str:
-    """A file with as many weights as ResNet-50 has, codes and books at random: read, checked and decoded."""
+def resnet50_shapes() -> list[tuple[int, int]]:
+    """Rows and columns of every weight of a ResNet-50."""
     shapes, channels = [(64, 147)], 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for i in range(blocks):
             shapes += [(width, channels), (width, 9 * width), (4 * width, width)]
             shapes += [(4 * width, channels)] if i == 0 else []
             channels = 4 * width
-    shapes.append((1000, 2048))
+    return [*shapes, (1000, 2048)]
+
+
+def read_timed(artifact: Artifact) -> tuple[int, float, float, float]:
+    """Bytes of the file, seconds to write it, to read and check it, and to decode it: medians of 3 for the last two."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "large.fw"
+        start = time.perf_counter()
+        size = write(artifact, path)
+        writing, times = time.perf_counter() - start, []
+        for _ in range(3):
+            start = time.perf_counter()
+            found = read(path)
+            middle = time.perf_counter()
+            found.state()
+            times.append((middle - start, time.perf_counter() - middle))
+    return size, writing, *sorted(times, key=sum)[1]
+
+
+def decoding() -> str:
+    """A file with as many weights as ResNet-50 has, codes and books at random: read, checked and decoded."""
+    shapes = resnet50_shapes()
     weights = sum(rows * cols for rows, cols in shapes)
     table = ["| books | file bytes | read and check, s | decode, s | together |", "|---|--:|--:|--:|--:|"]
     rng = torch.Generator().manual_seed(0)
@@ -329,19 +350,9 @@ def decoding() -> str:
             scale = torch.rand(rows, 1, generator=rng).half()
             weight = Codebook(torch.stack(own, dim=2).to(torch.int16), books, scale, cols)
             units.append(StoredUnit((f"l{i}.weight",), View((rows, cols)), weight, "additive"))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "large.fw"
-            size = write(Artifact(tuple(units), {}, ()), path)
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                artifact = read(path)
-                middle = time.perf_counter()
-                artifact.state()
-                times.append((middle - start, time.perf_counter() - middle))
-        both = sorted(times, key=sum)[1]
+        size, _, reading, decode = read_timed(Artifact(tuple(units), {}, ()))
         what = "+".join(map(str, widths))
-        table.append(f"| {what} bits in {d} | {size:,} | {both[0]:.2f} | {both[1]:.2f} | {sum(both):.2f} |")
+        table.append(f"| {what} bits in {d} | {size:,} | {reading:.2f} | {decode:.2f} | {reading + decode:.2f} |")
         print(table[-1], flush=True)
     table += ["", f"{weights:,} weights in {len(shapes)} layers, {torch.get_num_threads()} threads, median of 3."]
     return "\n".join(table) + "\n"
