@@ -106,8 +106,9 @@ def _lambdas(bed: Bed, units: list) -> list[str]:
 
 def coders(zoo: Path) -> str:
     """Codes of every weight of resnet20_cifar10, at four steps."""
-    import constriction
-    import zstandard
+    import zstandard  # pyright: ignore - no requirement of the package
+    from constriction.stream.model import Categorical  # pyright: ignore - made when it is imported
+    from constriction.stream.queue import RangeEncoder  # pyright: ignore
 
     bed = Bed.of(zoo)
     lines = ["Bits a weight, codes alone, all convolutions and the last layer of resnet20_cifar10.", ""]
@@ -121,8 +122,8 @@ def coders(zoo: Path) -> str:
             packed, codes = pack(weight.codes, weight.nbits), weight.codes.to(torch.int16) - 2 ** (weight.nbits - 1)
             raw = packed.numpy().tobytes()
             counts = np.bincount(weight.codes.numpy().ravel(), minlength=2**weight.nbits) + 1e-3
-            model = constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
-            coder = constriction.stream.queue.RangeEncoder()
+            model = Categorical(counts / counts.sum(), perfect=False)
+            coder = RangeEncoder()
             coder.encode(weight.codes.numpy().ravel().astype(np.int32), model)
             own = encode_integers(codes, 2 ** (weight.nbits - 1))
             assert own is not None
@@ -166,7 +167,7 @@ def speed(_zoo: Path) -> str:
 
 def lossless(zoo: Path) -> str:
     """Every tensor of a checkpoint, in three types."""
-    import zstandard
+    import zstandard  # pyright: ignore - no requirement of the package
 
     table = ["| checkpoint | type | bytes | zstd -19 | here | of zstd | pack, s | unpack, s |"]
     table += ["|---|---|--:|--:|--:|--:|--:|--:|"]

@@ -14,13 +14,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from nncodec.nn import decode, encode
+from nncodec.nn import decode, encode  # pyright: ignore - of another environment
 from safetensors.numpy import save_file
 
 
 def main() -> None:
     zoo, network, folder, *qps = sys.argv[1:]
     spec = importlib.util.spec_from_file_location("zoo", zoo)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for qp in qps:
