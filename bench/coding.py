@@ -13,20 +13,27 @@ import json
 import math
 import statistics
 import tempfile
+import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from bench.additive import Bed
+from bench.additive import Bed, read_timed, resnet50_shapes
 from bench.networks import measure
-from featherweight.artifact import read, write
+from featherweight._pack import pack
+from featherweight.artifact import Artifact, StoredUnit, read, write
 from featherweight.artifact.write import to_bytes
+from featherweight.coding import encode_integers
+from featherweight.layers import View
 from featherweight.lossless import pack as pack_checkpoint
 from featherweight.methods import Additive, Ecq, Gptq, GridSpec, Obq, Vectors, ecq
 from featherweight.methods.ecq import EcqStep
-from featherweight.weights import books_of
+from featherweight.weights import Grid, books_of
 from featherweight.weights.coded import stored_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,6 +106,67 @@ def _lambdas(bed: Bed, units: list) -> list[str]:
 
 def coders(zoo: Path) -> str:
     """Codes of every weight of resnet20_cifar10, at four steps."""
+    import constriction
+    import zstandard  # pyright: ignore - no requirement of the package
+
+    stream: Any = constriction.stream  # pyright: ignore - made by its extension
+    bed = Bed.of(zoo)
+    lines = ["Bits a weight, codes alone, all convolutions and the last layer of resnet20_cifar10.", ""]
+    lines += ["| step | packed | zlib -9 | zstd -19 | constriction, a static model a layer, its table free | here |"]
+    lines += ["|--:|--:|--:|--:|--:|--:|"]
+    for step in (0.25, 0.7, 1.2, 2.0):
+        sums = [0] * 5
+        for u in bed.units:
+            weight = EcqStep(step).solve(bed.matrix(u), bed.stats[u.name]).weight
+            assert isinstance(weight, Grid)
+            packed, codes = pack(weight.codes, weight.nbits), weight.codes.to(torch.int16) - 2 ** (weight.nbits - 1)
+            raw = packed.numpy().tobytes()
+            counts = np.bincount(weight.codes.numpy().ravel(), minlength=2**weight.nbits) + 1e-3
+            model = stream.model.Categorical(counts / counts.sum(), perfect=False)
+            coder = stream.queue.RangeEncoder()
+            coder.encode(weight.codes.numpy().ravel().astype(np.int32), model)
+            own = encode_integers(codes, 2 ** (weight.nbits - 1))
+            assert own is not None
+            best = min(len(zlib.compress(weight.codes.numpy().tobytes(), 9)), len(zlib.compress(raw, 9)))
+            squeezed = zstandard.ZstdCompressor(level=19)
+            zstd = min(len(squeezed.compress(x)) for x in (raw, weight.codes.numpy().tobytes()))
+            for i, size in enumerate((len(raw), best, zstd, coder.num_bits() // 8, len(own))):
+                sums[i] += size
+        weights = sum(u.params for u in bed.units)
+        lines.append(f"| {step:g} | {' | '.join(f'{8 * x / weights:.3f}' for x in sums)} |")
+    return "\n".join(lines) + "\n"
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def speed(_zoo: Path) -> str:
+    """Codes drawn from a rounded Gaussian, at three steps."""
+    shapes, rng = resnet50_shapes(), torch.Generator().manual_seed(0)
+    weights = sum(rows * cols for rows, cols in shapes)
+    table = [
+        "| step | bits a weight | file bytes | write, s | read and check, s | decode to float32, s | read + decode |"
+    ]
+    table += ["|--:|--:|--:|--:|--:|--:|--:|"]
+    for step in (0.5, 1.2, 2.0):
+        units = []
+        for i, (rows, cols) in enumerate(shapes):
+            codes = torch.round(torch.randn(rows, cols, generator=rng) / step).clamp(-16, 15)
+            weight = Grid((codes + 16).to(torch.uint8), torch.full((1, 1), 0.01).half(), None, 5, 0)
+            units.append(StoredUnit((f"l{i}.weight",), View((rows, cols)), weight, "ecq"))
+        size, writing, reading, decode = read_timed(Artifact(tuple(units), {}, ()))
+        cells = f"{step:g} | {8 * size / weights:.2f} | {size:,} | {writing:.1f}"
+        table.append(f"| {cells} | {reading:.2f} | {decode:.2f} | {reading + decode:.2f} |")
+        print(table[-1], flush=True)
+    said = f"{weights:,} weights in {len(shapes)} layers, {torch.get_num_threads()} threads, median of 3 for reading."
+    return "\n".join([*table, "", f"{said} Writing reads the file once to check it."]) + "\n"
+
+
+def lossless(zoo: Path) -> str:
+    """Every tensor of a checkpoint, in three types."""
     import zstandard  # pyright: ignore - no requirement of the package
 
     table = ["| checkpoint | type | bytes | zstd -19 | here | of zstd | pack, s | unpack, s |"]
