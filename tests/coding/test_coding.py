@@ -306,7 +306,7 @@ def test_floats_with_more_bytes_beside_than_they_have_are_refused(beside):
 
 
 def test_few_bytes_take_no_time_whatever_they_claim():
-    """Without a stop, 2^26 entries take seconds."""
+    """Without a stop, 2^26 entries take ten seconds and more."""
     data = torch.zeros(5, dtype=torch.uint8)
     decoders = (
         lambda: decode_integers(data, (2**13, 2**13), 255),
@@ -317,4 +317,4 @@ def test_few_bytes_take_no_time_whatever_they_claim():
         start = time.perf_counter()
         with pytest.raises(FormatError, match="end before or behind"):
             decode()
-        assert time.perf_counter() - start < 0.5
+        assert time.perf_counter() - start < 5  # seconds, beside other work

@@ -206,6 +206,8 @@ def test_what_is_stored_has_the_announced_size_and_comes_back(name):
 def check_storage(method, weight, name, stats):
     tensors, meta = weight.tensors(), json.loads(json.dumps(weight.meta()))
     assert weight.bits() == 8 * sum(t.numel() * t.element_size() for t in tensors.values())
+    if isinstance(method, Ecq | EcqStep):
+        return  # what codes take when they are coded is not known before; tests/methods/test_ecq.py has what is
     wider = sum(16 * t.numel() for t in tensors.values() if t.dtype == torch.float32)
     announced = 8 * method.storage(weight.shape, stats.taps, stats.blocks)
     pattern = getattr(pruner_of(method), "pattern", None)
@@ -290,7 +292,7 @@ def check_status(method, solution, name):
     assert solution.padded == padded, method
     assert (PADDED in solution.note) == padded, method
     assert (solution.status.value in solution.note) == (solution.status is not Status.SOLVED), method
-    asked = [part.damp for part in parts if isinstance(part, Gptq | Obq | Obs | Admm | Prune)]
+    asked = [part.damp for part in parts if isinstance(part, Gptq | Obq | Ecq | EcqStep | Obs | Admm | Prune)]
     expected = 1e-8 if solution.status is Status.DAMPED and not max(asked) else max(asked, default=0.0)
     assert solution.info == ({"damp": expected} if asked else {}), method
 
