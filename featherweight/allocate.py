@@ -131,7 +131,8 @@ class Stage:
             InfeasibleError: nothing is that small.
         """
         less = {b: n + (MARGIN // 2 if b == "bytes" else 0) for b, n in over.items()}
-        limits = {b: limit - less.get(b, 0) for b, limit in self.limits.items()}
+        now = self.limits | ({"bytes": min(self.limits["bytes"], self.bytes)} if "bytes" in less else {})
+        limits = {b: limit - less.get(b, 0) for b, limit in now.items()}
         if "latency" in less:  # the table is only about right: its floor is worth a try
             limits["latency"] = max(limits["latency"], self.allocator.floor(["latency"])["latency"])
         task = self.allocator.task(limits).weighted(self.pruned)

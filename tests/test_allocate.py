@@ -393,16 +393,18 @@ def test_few_multiplications_are_reachable_where_the_floor_says_so(share):
 def test_a_file_that_comes_out_larger_than_predicted_costs_no_more_than_it_must(monkeypatch):
     from featherweight import pipeline
 
-    real, calls = pipeline.to_bytes, []
+    real, calls, extra = pipeline.to_bytes, [], []
 
     def larger(artifact):
+        data = real(artifact)
         calls.append(1)
-        return real(artifact) + b"0" * 400
+        extra.append(extra[0] if extra else 5040 - len(data))  # the first is 40 bytes over
+        return data + b"0" * extra[0]
 
     monkeypatch.setattr(pipeline, "to_bytes", larger)
-    monkeypatch.setattr(pipeline, "from_bytes", lambda data: from_bytes(data[:-400]))
+    monkeypatch.setattr(pipeline, "from_bytes", lambda data: from_bytes(data[: -extra[0]]))
     small = fw.compress(mlp(), vectors(), target=goal(5000))
-    assert len(calls) == 2
+    assert 2 <= len(calls) <= 3
     assert 4600 <= small.report.file_bytes <= 5000
 
 
