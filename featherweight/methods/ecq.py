@@ -12,7 +12,7 @@ output error: "Reducing Storage of Pretrained Neural Networks by Rate-Constraine
 themselves, from a round before; (2) GPTQ's order and feedback, then coordinate descent; (3) lambda is tied to the step,
 RATE step² times the geometric mean of the pivots 1 / U_ii²: for a fine uniform quantizer of distortion step²/12 the
 slope of distortion over bits is (2 ln 2 / 12) step² = 0.116 step²; of 0.05, 0.08 and 0.11, 0.08 needed the fewest bits
-for an error (bench/results/rate.md).
+for an error (bench/results/coding-rate.md).
 """
 
 import math
