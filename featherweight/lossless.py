@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -51,6 +52,10 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
     if not tensors:
         raise UsageError("the checkpoint holds no tensor")
     for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise UsageError(
+                f"'{name}' is a tensor without values of its own, or sparse; only plain ones can be packed"
+            )
         if tensor.dtype not in STREAM_OF:
             known = ", ".join(str(t).removeprefix("torch.") for t in STREAM_OF)
             raise UsageError(f"'{name}' is of type {tensor.dtype}; only {known} can be packed")
@@ -66,7 +71,7 @@ def unpack(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, str]]:
         FormatError: the metadata are none.
     """
     metadata = artifact.about.get(MARK)
-    if metadata is None:
+    if metadata is None or artifact.units or artifact.norms:
         return artifact.state(), {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("the checkpoint's metadata must be texts by name")

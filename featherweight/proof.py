@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from featherweight.artifact import Artifact, write
@@ -78,8 +79,8 @@ def replaced(output: Path) -> Iterator[Path]:
     try:
         yield place
         os.replace(place, output)
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot write {output}: {error}") from error
     finally:
         place.unlink(missing_ok=True)
 

@@ -46,7 +46,7 @@ def pack_checkpoint(model: str, weights: Path | None, output: Path, others: list
         facts = {"file": str(output), "bytes": proof["bytes"], "plain_bytes": size, "tensors": len(tensors)}
         print_json(facts | {"digest": proof["digest"]})
         return
-    out.print(f"{len(tensors)} tensors, {size:,} bytes -> {proof['bytes']:,} ({proof['bytes'] / size:.1%})")
+    out.print(f"{len(tensors)} tensors, {size:,} bytes -> {proof['bytes']:,} ({proof['bytes'] / max(size, 1):.1%})")
     out.print(f"read back in a fresh process: every bit is the same ({proof['digest'][:12]})", style="green")
 
 

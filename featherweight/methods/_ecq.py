@@ -10,6 +10,7 @@ from featherweight.methods._numba import compiled, parallel
 @compiled(inline="always")
 def cheapest(target, weight, costs, most):  # pragma: no cover - compiled
     """The code with the least weight * (code - target)² + costs[|code|], of the two nearest on either side, and 0."""
+    target = min(max(target, -float(most)), float(most))
     low = int(np.floor(target))
     best, code = np.inf, 0
     for k in range(-1, 4):
@@ -18,8 +19,6 @@ def cheapest(target, weight, costs, most):  # pragma: no cover - compiled
             cost = weight * (tried - target) ** 2 + costs[abs(tried)]
             if cost < best:
                 best, code = cost, tried
-    if best == np.inf:
-        code = most if target > 0 else -most
     return code
 
 

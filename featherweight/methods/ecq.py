@@ -137,7 +137,9 @@ def quantize(w: Tensor, stats: LayerStats, step: float, damp: float) -> tuple[Gr
     if not torch.isfinite(w).all():
         raise SolveError("the weights hold NaN or infinity")
     size = float(w.square().mean().sqrt()) or 1.0
-    scale = torch.tensor([[step * size]], dtype=torch.float64)
+    scale = torch.tensor(
+        [[max(step * size, float(w.abs().max()) / LARGEST)]], dtype=torch.float64
+    )  # nothing is cut off
     scale = scale.to(float_type(scale)) if float(scale) > 1e-7 else scale.float()
     exact = float(scale) or step * size
     order, upper, used = factored(stats.gram, damp, True)

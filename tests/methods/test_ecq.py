@@ -1,6 +1,6 @@
 """Entropy-constrained quantization against its definitions, and what it promises."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -86,6 +86,15 @@ def test_finer_steps_lose_less_and_store_more():
     assert [s.error for s in found] == sorted(s.error for s in found)
     sizes = [stored_bytes(s.weight) for s in found]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 40.0])
+def test_more_bits_never_lose_more_even_with_one_weight_far_out(outlier):
+    w, stats = problem(32, 64, seed=8)
+    w[3, 5] += outlier * float(w.std())
+    errors = [Ecq(bits).solve(w, stats).error for bits in (2, 3, 4, 5, 7)]
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(errors))
+    assert errors[-1] < 0.1 * errors[0]
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -8,10 +8,9 @@ import numpy as np
 def cheapest(target, weight, costs, most):
     """Of the two nearest codes on either side, and 0, the one with the least weight * (code - target)² + costs[|code|];
     of equal ones the first."""
+    target = min(max(target, -most), most)
     low = math.floor(target)
     tried = [k for k in (low - 1, low, low + 1, low + 2, 0) if abs(k) <= most]
-    if not tried:
-        return most if target > 0 else -most
     return min(tried, key=lambda k: weight * (k - target) ** 2 + costs[abs(k)])
 
 
