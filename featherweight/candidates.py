@@ -57,7 +57,7 @@ CHANNEL_BITS = (3, 4, 5, 8)
 SHARED = 64  # columns of a group, and the widest matrix for which a single scale is tried
 STEPS = tuple(
     2 ** (k / 4) for k in range(-14, 12)
-)  # of entropy-coded grids, in root mean squares: about 5.6 to 0.3 bits
+)  # of entropy-coded grids, in root mean squares: about 5.6 to 0.2 bits
 RATES = (1.5, 2.0, 3.0)  # bits a weight of additive quantization
 KEEP = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)  # shares of the numbers that factors have
 FACTOR_BITS = (4, 8)  # of their grids, where bytes or BOPs are limited

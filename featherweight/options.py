@@ -157,4 +157,8 @@ def trainings(
 def changed(given: Mapping[str, Any], command: Callable[..., Any]) -> list[str]:
     """The options of a command whose values are not their defaults, as they are written."""
     defaults = {name: p.default for name, p in signature(command).parameters.items()}
-    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value != defaults[name]]
+    return [
+        f"--{name.removesuffix('_epochs').replace('_', '-')}"
+        for name, value in given.items()
+        if value != defaults[name]
+    ]

@@ -102,7 +102,8 @@ def shortened(artifact: Artifact, digits: int) -> Artifact:
 
 def shortest(artifact: Artifact, small: nn.Module, distance: Callable[[nn.Module], float]) -> Artifact:
     """`shortened` to the fewest of DIGITS with which the network does not get further from the dense one, but for
-    SLACK; as it is where none will do. distance: of a network, on samples that nothing was solved on."""
+    SLACK; as it is where none will do. distance: of a network, on the samples that no
+    correction saw."""
     own = copy.deepcopy(small)
     most = distance(fill(own, artifact)) * (1 + SLACK)
     for digits in DIGITS:

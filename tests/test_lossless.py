@@ -91,7 +91,7 @@ def test_other_files_are_unpacked_as_decoded_networks(tmp_path, capsys):
     ("extra", "told"),
     [
         (["--target", "10x"], "leave out --target"),
-        (["--bits", "4", "--finetune", "3"], "leave out --bits, --finetune-epochs"),
+        (["--bits", "4", "--finetune", "3"], "leave out --bits, --finetune"),
         (["--weights", "w.safetensors"], "leave out --weights"),
     ],
 )

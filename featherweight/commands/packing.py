@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from featherweight import options as opt
 from featherweight.artifact import read
+from featherweight.artifact.read import from_bytes
+from featherweight.artifact.write import to_bytes
 from featherweight.commands.app import app
 from featherweight.console import bars, out, print_json
 from featherweight.errors import FormatError, UsageError
@@ -36,12 +38,11 @@ def pack_checkpoint(model: str, weights: Path | None, output: Path, others: list
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         progress("pack", 0, 1)
         artifact = pack(tensors, metadata, {"model": source.name, "plain_bytes": size})
+        again, _ = unpack(from_bytes(to_bytes(artifact)))
+        if list(again) != list(tensors) or not all(_same(again[n], t) for n, t in tensors.items()):
+            raise FormatError(f"{output} would hold other bits and was not written: please report this")
         proof = save_proved(artifact, output, model, None, None, None, 1)
-        again, _ = unpack(read(output))
         progress("pack", 1, 1)
-    if list(again) != list(tensors) or not all(_same(again[n], t) for n, t in tensors.items()):
-        output.unlink()
-        raise FormatError(f"{output} was written but holds other bits, and is removed: please report this")
     if as_json:
         facts = {"file": str(output), "bytes": proof["bytes"], "plain_bytes": size, "tensors": len(tensors)}
         print_json(facts | {"digest": proof["digest"]})

@@ -36,7 +36,7 @@ def finetune(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Tuned:
     """Train what is continuous in a compressed network towards the dense one that it was made from: scales, codebooks,
-    kept values, norms, biases. Codes, masks, types and so the size stay. Neither argument is changed.
+    kept values, norms, biases. Codes, masks and types stay, and so about the size. Neither argument is changed.
 
     Args:
         small: a file, or what is in one (`compress(...).artifact`).
