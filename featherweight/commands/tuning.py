@@ -51,8 +51,8 @@ def finetune_command(
     batch_size: opt.BatchSize = 128,
     as_json: opt.Json = False,
 ) -> None:
-    """Train what is continuous in a file towards the dense network; the file keeps about its size. With torchrun, on several
-    processors."""
+    """Train what is continuous in a file towards the dense network; the file keeps about its size. With torchrun, on
+    several processors."""
     opt.check_metric(metric, test)
     check_output(output, weights)
     if checkpoint is not None and checkpoint.resolve() == output.resolve():
