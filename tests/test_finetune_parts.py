@@ -302,6 +302,34 @@ def test_codes_move_to_nearer_words_and_stay_where_none_is_nearer():
     assert own.nearest(wanted).flatten().tolist() == [2, 2, 0, 3]
 
 
+def test_codes_move_to_the_nearest_point_of_a_grid_and_stay_where_the_scale_is_zero():
+    codes = torch.tensor([[0, 5, 7], [1, 2, 3]], dtype=torch.uint8)
+    own = Grid(codes, torch.tensor([[0.5], [0.0]]).half(), None, 3, 3)
+    assert torch.equal(own.nearest(own.dense()), codes)
+    wanted = own.dense() + torch.tensor([[0.3, -0.2, 9.0], [1.0, 1.0, 1.0]])
+    assert own.nearest(wanted).tolist() == [[1, 5, 7], [1, 2, 3]]
+    shifted = Grid(codes, torch.tensor([[0.5]]).half(), torch.tensor([[2]], dtype=torch.uint8), 3, 0)
+    assert torch.equal(shifted.nearest(shifted.dense() + 0.24), codes)
+
+
+@pytest.mark.parametrize(
+    "method", [fw.Rtn(fw.GridSpec(2)), fw.PruneQuantize(fw.Prune(fw.Unstructured(0.5)), fw.Obq(fw.GridSpec(3)))]
+)
+def test_moving_codes_of_grids_lower_the_loss(method):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).requires_grad_(False).eval()
+    x = torch.randn(256, 8)
+    artifact = fw.compress(dense, x, method=method).artifact
+    how = fw.Finetune(x, epochs=12, batch_size=32, learning_rate=1e-2)
+    still, moved = (fw.finetune(artifact, dense, replace(how, moves=m)) for m in (False, True))
+    before, after = ({u.names[0]: u.weight for u in t.artifact.units} for t in (still, moved))
+    assert moved.trained.losses[-1] < 0.8 * still.trained.losses[-1]
+    assert {n: w.bits() for n, w in before.items()} == {n: w.bits() for n, w in after.items()}
+    for name, weight in before.items():
+        if isinstance(weight, Sparse):
+            assert torch.equal(weight.mask, after[name].mask)
+
+
 def test_moving_codes_lower_the_loss_and_keep_the_size():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).requires_grad_(False).eval()

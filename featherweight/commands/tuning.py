@@ -41,7 +41,9 @@ def finetune_command(
         float, typer.Option(help="share of the samples that are mixed with another one (few training data), 0 to 1")
     ] = TUNING.mix,
     precision: opt.PrecisionKind = None,
-    move_codes: Annotated[bool, typer.Option("--move-codes", help="codes of vectors may change, too")] = False,
+    move_codes: Annotated[
+        bool, typer.Option("--move-codes", help="codes of vectors and grids may change, too")
+    ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="file that keeps the state, so that a killed run goes on")
     ] = None,

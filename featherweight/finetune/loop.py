@@ -1,6 +1,6 @@
 """Train what is continuous in a compressed network towards the dense one. `descend` is the loop of any training.
 
-Codes, masks and indices stay as they are, unless codes of vectors are asked to move; the stored numbers behind them
+Codes, masks and indices stay as they are, unless codes are asked to move; the stored numbers behind them
 (scales, books, kept fp16 values), and the biases, norm weights and other parameters that were not compressed are
 trained through the weights' own decoding. The loss is
 the distance to the dense network's outputs (distillation: Hinton et al., 1503.02531, at temperature 1), with labels the

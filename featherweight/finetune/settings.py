@@ -57,8 +57,8 @@ class Finetune:
     learning_rate: of Adam, relative to the root mean square of every tensor, falling to zero as a cosine. labels: share
     of the loss that is cross-entropy with the data's labels. mix: share of the samples that are mixed with another one,
     so that few data tell more of the dense network. precision: what both networks run in; the loss and what is
-    trained are at least float32. moves: whether codes of vectors may change, too. checkpoint: a file that keeps the
-    state, so that a killed run goes on."""
+    trained are at least float32. moves: whether codes of vectors and grids may change, too. checkpoint: a file that
+    keeps the state, so that a killed run goes on."""
 
     word: ClassVar[str] = "finetuning"
     stage: ClassVar[str] = "finetune"

@@ -15,7 +15,7 @@ from featherweight.artifact import StoredUnit
 from featherweight.data import device_of
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
-from featherweight.weights import Factors, Weight, vectors_of
+from featherweight.weights import Factors, Weight, coded_of
 
 T = TypeVar("T")
 
@@ -70,9 +70,10 @@ class Variables:
     other tensors of the weights on the network's device, by the identity of the original. A weight is trained by
     putting new tensors for old ones.
 
-    latent: for weights made of vectors whose codes may change, by unit name, a matrix that starts as the decoded one.
-    Codes are those of the words nearest to it, and it gets the gradient of the decoded matrix (a straight-through
-    estimator: Bengio et al., 1308.3432), so a code changes where the loss pulls its vector far enough for long enough.
+    latent: for weights whose codes may change, by unit name, a matrix that starts as the decoded one. Codes are those
+    of the words, or points of the grid, nearest to it, and it gets the gradient of the decoded matrix (a
+    straight-through estimator: Bengio et al., 1308.3432), so a code changes where the loss pulls its weights far enough
+    for long enough.
     """
 
     units: Sequence[Unit | StoredUnit]
@@ -114,7 +115,7 @@ class Variables:
             for n, p in small.named_parameters()
             if n not in compressed and p.is_floating_point() and bool(torch.isfinite(p).all())
         }
-        made = {n: w for n, w in weights.items() if moves and vectors_of(w) is not None}
+        made = {n: w for n, w in weights.items() if moves and coded_of(w) is not None}
         latent = {n: Variable.of(n, w.dense(), 1.0, device) for n, w in made.items()}
         return cls(units, weights, inner, outer, fixed, latent)
 
@@ -139,7 +140,7 @@ class Variables:
         """With the codes nearest to the latent matrix, where there is one."""
         if name not in self.latent:
             return weight
-        own = vectors_of(weight)
+        own = coded_of(weight)
         assert own is not None
         codes = own.nearest(self.latent[name].now())
         return mapped(weight, lambda t: codes if t is own.codes else t)
@@ -150,7 +151,7 @@ class Variables:
         table = {key: v.result().cpu() for key, v in self.inner.items()}
         found = {name: mapped(w, lambda t: table.get(id(t), t)) for name, w in self.weights.items()}
         for name in self.latent:
-            own = vectors_of(found[name])
+            own = coded_of(found[name])
             assert own is not None
             codes = own.nearest(self.latent[name].now().cpu())
             found[name] = mapped(found[name], lambda t, old=own.codes, new=codes: new if t is old else t)

@@ -22,6 +22,12 @@ def vectors_of(weight: Weight) -> Codebook | None:
     return inner if isinstance(inner, Codebook) else None
 
 
+def coded_of(weight: Weight) -> Codebook | Grid | None:
+    """The weight, or the values of a sparse one, where they have codes."""
+    inner = weight.values if isinstance(weight, Sparse) else weight
+    return inner if isinstance(inner, Codebook | Grid) else None
+
+
 def books_of(weight: Weight) -> tuple[Tensor, ...]:
     """The tensors of a weight that other weights may share, which `tensors()` leaves out."""
     inner = vectors_of(weight)

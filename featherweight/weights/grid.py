@@ -75,6 +75,15 @@ class Grid:
             return scale * (self.codes.float() - symmetric_zero(self.nbits))
         return scale * (self.codes.float() - per_entry(self.zero.float(), self.shape, self.group))
 
+    def nearest(self, matrix: Tensor) -> Tensor:
+        """Codes like `codes`, of the points nearest to the entries of a (rows, cols) matrix; where the scale is 0, the
+        same as before."""
+        scale = per_entry(self.scale.float(), self.shape, self.group).to(matrix.device)
+        zero = symmetric_zero(self.nbits) if self.zero is None else per_entry(self.zero.float(), self.shape, self.group)
+        zero = zero.to(matrix.device) if isinstance(zero, Tensor) else zero
+        codes = (matrix.float() / torch.where(scale == 0, 1.0, scale) + zero).round().clamp(0, 2**self.nbits - 1)
+        return torch.where(scale == 0, self.codes.to(matrix.device), codes.to(torch.uint8))
+
     def bits(self) -> int:
         return payload_bits(self.tensors())
 
