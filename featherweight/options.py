@@ -76,7 +76,9 @@ Sequential = Annotated[
     bool | None,
     typer.Option("--sequential/--independent", help="layers see the compressed, or the dense network's inputs"),
 ]
-NoRepair = Annotated[bool, typer.Option("--no-repair", help="leave BatchNorm statistics and biases as they are")]
+NoRepair = Annotated[
+    bool, typer.Option("--no-repair", help="leave BatchNorm statistics and biases as they are, to all digits of fp16")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="samples a batch, where the data are not batched")]
 MetricSpec = Annotated[str | None, typer.Option("--metric", help="callable metric(model, data): a number or a dict")]
 TestSpec = Annotated[str | None, typer.Option("--test", help="test data: accuracy is printed before and after")]

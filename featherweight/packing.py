@@ -35,7 +35,7 @@ def packed(
     grids: dict[str, ActivationGrid],
 ) -> tuple[Artifact, dict[str, float]]:
     """The artifact of an assembled network, and how its other tensors are stored: numbers in fp16, fp32 and other
-    types, and the largest relative error that fp16 made."""
+    types, the largest relative error that fp16 made, and the binary digits of those in fp16."""
     units = tuple(
         StoredUnit(
             u.names,
@@ -50,7 +50,7 @@ def packed(
     )
     rest, norms = {}, []
     taken: set[str] = {n for u in found.units for n in u.names}
-    facts = {"fp16": 0, "fp32": 0, "other": 0, "fp16_error": 0.0}
+    facts = {"fp16": 0, "fp32": 0, "other": 0, "fp16_error": 0.0, "digits": FULL}
 
     def stored(*tensors: Tensor) -> list[Tensor]:
         dtype = torch.float16 if all(float_type(t) == torch.float16 for t in tensors) else torch.float32
@@ -100,17 +100,19 @@ def shortened(artifact: Artifact, digits: int) -> Artifact:
     return replace(artifact, norms=norms, rest={n: short(t) for n, t in artifact.rest.items()})
 
 
-def shortest(artifact: Artifact, small: nn.Module, distance: Callable[[nn.Module], float]) -> Artifact:
+def shortest(
+    artifact: Artifact, small: nn.Module, distance: Callable[[nn.Module], float], slack: float = SLACK
+) -> tuple[Artifact, int]:
     """`shortened` to the fewest of DIGITS with which the network does not get further from the dense one, but for
-    SLACK; as it is where none will do. distance: of a network, on the samples that no
-    correction saw."""
+    `slack` of the distance, and these digits; as it is, and FULL, where none will do. distance: of a network, on
+    samples that what is rounded was not fitted to."""
     own = copy.deepcopy(small)
-    most = distance(fill(own, artifact)) * (1 + SLACK)
+    most = distance(fill(own, artifact)) * (1 + slack)
     for digits in DIGITS:
         tried = shortened(artifact, digits)
         if distance(fill(own, tried)) <= most:  # false for NaN
-            return tried
-    return artifact
+            return tried, digits
+    return artifact, FULL
 
 
 def _foldable(small: nn.Module) -> list[tuple[str, Any]]:

@@ -215,7 +215,7 @@ def compress(
                         solutions[u.name] = _finetuned(solutions[u.name], weights[u.name], w, stats.get(u.name))
             artifact, rest = packed(small, found, methods, solutions, about, grids)
             if judged and (judging := split(judged)[1]):
-                artifact = shortest(artifact, small, DenseOutputs.of(dense, judging).distance)
+                artifact, rest["digits"] = shortest(artifact, small, DenseOutputs.of(dense, judging).distance)
             data_read_back = to_bytes(artifact)
             size = len(data_read_back)
             if stage is None:

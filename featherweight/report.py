@@ -15,6 +15,7 @@ from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact
 from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone
+from featherweight.packing import FULL as FULL_DIGITS
 from featherweight.pull import Pulled
 from featherweight.repair import Repair
 from featherweight.search import TEMPERATURE
@@ -252,4 +253,7 @@ def summary(report: Report, where: str) -> Group:
         losses = " -> ".join(f"{x:.3g}" for x in report.finetuned.losses)
         notes.append(Text(f"finetuned: mean loss of each epoch {losses}"))
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    if (digits := int(report.rest.get("digits", FULL_DIGITS))) < FULL_DIGITS:
+        what = f"norms and biases are kept to {digits} binary digits: held-out data show no difference"
+        notes.append(Text(what, style="dim"))
     return Group(*notes, Text(repair_line(report.repair)), Text(times, style="dim"), Text(), sizes)

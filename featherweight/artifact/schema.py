@@ -11,7 +11,7 @@ from featherweight.activations import ActivationGrid
 from featherweight.layers import View
 from featherweight.weights import Weight
 
-VERSIONS = (1, 2, 3, 4, 5, 6)  # a file is of the first that can say what is in it
+VERSIONS = (1, 2, 3, 4, 5, 6)  # read; coded files are of the last, plain ones of the first that can say what is in them
 KEY = "featherweight"  # the one metadata entry of the safetensors file
 BLANK = "0" * 32  # stands where the checksum goes, while it is computed
 LARGEST = 1 << 24  # characters of a table of contents that was packed

@@ -1,6 +1,6 @@
 """Finetune what is in a file: an artifact and its dense network in, an artifact of the same size out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -10,10 +10,18 @@ from torch import Tensor, nn
 
 from featherweight.activations import plain_copy
 from featherweight.artifact import Artifact, fill, read, write
+from featherweight.data import Batch, device_of
 from featherweight.errors import UsageError
 from featherweight.finetune.loop import rehearse, train
+from featherweight.finetune.order import epoch_of
+from featherweight.finetune.ranks import Ranks
 from featherweight.finetune.settings import Finetune, Trained
+from featherweight.packing import shortest
+from featherweight.repair.distance import DenseOutputs
 from featherweight.weights import Weight
+
+JUDGED = 512  # samples that norms and biases with fewer digits are judged on
+SLACK = 0.01  # of the distance; these samples were trained on, so any rounding makes it a little larger
 
 
 @final
@@ -36,7 +44,8 @@ def finetune(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Tuned:
     """Train what is continuous in a compressed network towards the dense one that it was made from: scales, codebooks,
-    kept values, norms, biases. Codes, masks and types stay, and so about the size. Neither argument is changed.
+    kept values, norms, biases. Codes (unless they move), masks and types stay, and so about the size: norms and biases
+    lose digits as in `compress`. Neither argument is changed.
 
     Args:
         small: a file, or what is in one (`compress(...).artifact`).
@@ -54,7 +63,19 @@ def finetune(
     how = rehearse(teacher, how)
     weights = {u.names[0]: u.weight for u in artifact.units}
     found, trained = train(teacher, student, artifact.units, weights, how, progress)
-    return Tuned(_updated(artifact, student, found), trained)
+    artifact = _updated(artifact, student, found)
+    judging = DenseOutputs.of(teacher, list(_first(how, student)))
+    return Tuned(shortest(artifact, student, judging.distance, SLACK)[0], trained)
+
+
+def _first(how: Finetune, net: nn.Module) -> Iterator[Batch]:
+    """The first JUDGED training samples, or a little more."""
+    seen = 0
+    for batch in epoch_of(how, 0, Ranks.now()).batches:
+        yield batch.to(device_of(net))
+        seen += batch.size
+        if seen >= JUDGED:
+            return
 
 
 @torch.no_grad()
