@@ -5,15 +5,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from featherweight.data import Batch, device_of
+from featherweight.data import Batch, cut, device_of
 from featherweight.database import Database, fingerprint
 from featherweight.errors import UsageError
 from featherweight.layers import Unit
 from featherweight.repair.distance import outputs
 from featherweight.solve import Progress
-from featherweight.stats import LayerStats, capture
+from featherweight.stats import LayerStats, capture, shrink_
 
 SPILL = 2 << 30  # statistics over this many bytes are held in files instead of memory, and not kept
+PIECES = 8  # of the samples, at least: how they differ tells what so few samples leave uncertain
 FIELDS = ("gram", "mean", "samples", "row_share")  # of LayerStats
 
 
@@ -43,26 +44,28 @@ def captured(
     store: Database | None = None,
     basis: str | None = None,
 ) -> dict[str, LayerStats]:
-    """The statistics by unit name, uncorrelated inputs where there are no samples. folder: for those that are large.
-    store, basis: where they are kept, and under what."""
+    """The statistics by unit name, shrunk; uncorrelated inputs where there are no samples. folder: for those that are
+    large. store, basis: where they are kept, and under what."""
     if not samples:
         return {u.name: LayerStats.white(u.view.matrix_shape[1], u.groups, u.taps) for u in units}
     large = sum(8 * u.groups * u.view.matrix_shape[1] ** 2 for u in units) > SPILL
     key = None
     if store is not None and basis is not None and not large:
-        key = fingerprint("moments", basis, [u.name for u in units], sum(b.size for b in samples))
+        key = fingerprint("shrunk moments", basis, [u.name for u in units], sum(b.size for b in samples))
         kept = store.tensors(key)
         if kept is not None:
             return {u.name: _stats(u, i, kept) for i, u in enumerate(units)}
     done = 0
-    progress("capture", 0, len(samples))
+    pieces = [p for batch in samples for p in cut(batch, -(-PIECES // len(samples)))]
+    progress("capture", 0, len(pieces))
 
     def on_batch() -> None:
         nonlocal done
         done += 1
-        progress("capture", done, len(samples))
+        progress("capture", done, len(pieces))
 
-    stats = capture(net, samples, units, spill=folder if large else None, on_batch=on_batch)
+    stats = capture(net, pieces, units, spill=folder if large else None, on_batch=on_batch)
+    stats = {name: shrink_(s) for name, s in stats.items()}
     if store is not None and key is not None:
         fields = {f"{i}.{f}": getattr(stats[u.name], f) for i, u in enumerate(units) for f in FIELDS}
         store.keep(key, {k: t for k, t in fields.items() if t is not None}, {"moments": len(units)})

@@ -1,7 +1,7 @@
 """What a solver needs to know of a layer's inputs, and how it is collected."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import final
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from featherweight.calls import Calls, Inputs, eager
 from featherweight.data import Batch, device_of
 from featherweight.layers import Unit
+
+SKETCH = 64
+FEWEST = 4  # batches that tell how much they differ
 
 
 @lru_cache(maxsize=8)
@@ -28,7 +31,8 @@ class LayerStats:
     gram: (blocks, cols, cols) float64, the mean of x xᵀ. mean: (blocks, cols) float64, the mean of x.
     samples: (blocks,) int64, how many x were seen. row_share: (rows,) float64 for embeddings, how often each row was
     used (sums to 1); None elsewhere, where every row sees every x. taps: columns that belong to one input channel, side
-    by side: the positions of a convolution's kernel, 1 elsewhere.
+    by side: the positions of a convolution's kernel, 1 elsewhere. scatter: (blocks,) float64, an estimate of the sum of
+    squared errors that so few samples leave in the covariances of different columns; None where it is not known.
     """
 
     gram: Tensor
@@ -36,6 +40,7 @@ class LayerStats:
     samples: Tensor
     row_share: Tensor | None = None
     taps: int = 1
+    scatter: Tensor | None = None
 
     @property
     def blocks(self) -> int:
@@ -58,6 +63,24 @@ class LayerStats:
         return cls(eye, mean, samples, taps=taps)
 
 
+def shrink_(stats: LayerStats) -> LayerStats:
+    """The gram, in place, with the covariances of different columns multiplied by 1 - alpha; means and variances stay.
+
+    alpha = scatter / sum of their squares (1 at most) leaves the least expected squared error: Ledoit and Wolf, "A
+    well-conditioned estimator for large-dimensional covariance matrices", 2004, with the diagonal as target (Schäfer
+    and Strimmer, 2005). Error feedback follows covariances, also those that only these samples have
+    (docs/decisions/0020-shrunk-covariances.md).
+    """
+    if stats.scatter is None or not stats.finite:
+        return stats
+    diagonal = stats.gram.diagonal(dim1=1, dim2=2).clone()
+    power = stats.mean.unsqueeze(2) * stats.mean.unsqueeze(1)
+    rest = (stats.gram - power).square_().sum(dim=(1, 2)) - (diagonal - stats.mean.square()).square().sum(dim=1)
+    alpha = torch.where(rest > 0, stats.scatter / rest.clamp(min=1e-300), 0.0).clamp(0, 1)
+    stats.gram.lerp_(power, alpha[:, None, None]).diagonal(dim1=1, dim2=2).copy_(diagonal)
+    return replace(stats, scatter=None)
+
+
 def merge(a: LayerStats, b: LayerStats) -> LayerStats:
     """Statistics of the union of two disjoint sets of samples. Associative."""
     samples = a.samples + b.samples
@@ -71,7 +94,71 @@ def merge(a: LayerStats, b: LayerStats) -> LayerStats:
         samples,
         row_share,
         a.taps,
+        None if a.scatter is None or b.scatter is None else a.scatter * (1 - share) ** 2 + b.scatter * share**2,
     )
+
+
+@final
+class _Spread:
+    """How much the covariance C_b of a batch differs from one batch to another, in squared Frobenius norms without
+    diagonals. Batches are independent samples, also where the positions within an image are not. Of a C_b wider than
+    SKETCH only its product with SKETCH vectors of random signs is kept: what their squared lengths tell of the norm is
+    right on average."""
+
+    def __init__(self, blocks: int, cols: int) -> None:
+        if cols <= SKETCH:
+            self.signs = torch.eye(cols)
+        else:
+            signs = torch.randint(0, 2, (cols, SKETCH), generator=torch.Generator().manual_seed(0))
+            self.signs = (signs * 2 - 1) / SKETCH**0.5
+        self.shape = blocks, cols
+        self.sum = self.sum_diagonal = torch.zeros(())
+        self.squares = torch.zeros(blocks, dtype=torch.float64)
+        self.weight, self.weights = torch.zeros(blocks, dtype=torch.float64), torch.zeros(blocks, dtype=torch.float64)
+        self._open()
+
+    def _open(self) -> None:
+        blocks, cols = self.shape
+        self.product = torch.zeros(blocks, cols, self.signs.shape[1], dtype=torch.float64)
+        self.diagonal, self.total = (torch.zeros(blocks, cols, dtype=torch.float64) for _ in range(2))
+        self.count = torch.zeros(blocks, 1, dtype=torch.float64)
+
+    def add(self, blocks: slice, second: Tensor, total: Tensor, count: int) -> None:
+        """Sums over `count` samples x of a batch, of x xᵀ and of x."""
+        self.product[blocks] += (second @ self.signs.to(second)).cpu()
+        self.diagonal[blocks] += second.diagonal(dim1=1, dim2=2).cpu()
+        self.total[blocks] += total.cpu()
+        self.count[blocks] += count
+
+    def close(self) -> None:
+        """The batch is over."""
+        if not bool(self.count.any()):
+            return
+        n = self.count.clamp(min=1)
+        mean = self.total / n
+        product = self.product / n[:, :, None] - mean[:, :, None] * (mean @ self.signs.double())[:, None, :]
+        diagonal = self.diagonal / n - mean.square()
+        n = self.count[:, 0]
+        self.sum = self.sum + n[:, None, None] * product
+        self.sum_diagonal = self.sum_diagonal + n[:, None] * diagonal
+        self.squares += n.square() * _outside(product, diagonal)
+        self.weight += n
+        self.weights += n.square()
+        self._open()
+
+    def scatter(self) -> Tensor | None:
+        """Of the mean over all batches; None where there were fewer than FEWEST."""
+        share = self.weights / self.weight.clamp(min=1).square()  # 1 / batches, where they are of one size
+        if not bool((share * FEWEST < 1 + 1e-9).all()) or self.sum.ndim == 0:
+            return None
+        n = self.weight.clamp(min=1)
+        mean = _outside(self.sum / n[:, None, None], self.sum_diagonal / n[:, None])
+        return ((self.squares / n.square() - share * mean) / (1 - share)).clamp(min=0)
+
+
+def _outside(product: Tensor, diagonal: Tensor) -> Tensor:
+    """(blocks,) squared norms without the diagonals."""
+    return product.square().sum(dim=(1, 2)) - diagonal.square().sum(dim=1)
 
 
 @final
@@ -81,6 +168,7 @@ class _Sums:
     def __init__(self, unit: Unit, spill: Path | None) -> None:
         rows, cols = unit.view.matrix_shape
         self.gram: Tensor | None = None
+        self.spread = _Spread(unit.groups, cols)
         self.file = spill
         self.shape = (unit.groups, cols, cols)
         self.taps = unit.taps
@@ -94,6 +182,7 @@ class _Sums:
         blocks = slice(block, block + x.shape[0])
         x = x if x.dtype == torch.float64 else x.float()
         second = (x[0] @ x[0].T).unsqueeze(0) if x.shape[0] == 1 else x @ x.mT
+        self.spread.add(blocks, second, x.sum(dim=2), x.shape[2])
         self.gram[blocks] += second.cpu()
         self.total[blocks] += x.sum(dim=2).cpu().double()
         self.samples[blocks] += x.shape[2]
@@ -109,7 +198,8 @@ class _Sums:
             return LayerStats(white.gram, white.mean, white.samples + int(used), share, self.taps)
         count = self.samples.clamp(min=1).double()
         self.gram /= count[:, None, None]
-        return LayerStats(self.gram, self.total / count[:, None], self.samples, taps=self.taps)
+        mean = self.total / count[:, None]
+        return LayerStats(self.gram, mean, self.samples, taps=self.taps, scatter=self.spread.scatter())
 
 
 def zeros(shape: tuple[int, ...], file: Path | None, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -148,5 +238,7 @@ def capture(
     for batch in data:
         with eager(), Calls(model, units, on_call):
             batch.to(device).run(model)
+        for s in sums.values():
+            s.spread.close()
         on_batch()
     return {name: s.stats() for name, s in sums.items()}

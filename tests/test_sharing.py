@@ -105,7 +105,7 @@ def test_finetuning_keeps_books_shared_and_brings_the_outputs_closer(data, tmp_p
     how = fw.Finetune(data, epochs=4)
     tuned = fw.compress(digits.make(), data, method=TWO, database=tmp_path / "solved", finetune=how)
     assert len(books(tuned.artifact)) == 1
-    assert tuned.report.file_bytes == pytest.approx(start.report.file_bytes, abs=64)
+    assert tuned.report.file_bytes == pytest.approx(start.report.file_bytes, rel=0.02)  # norms keep other digits
     losses = tuned.report.finetuned.losses
     assert losses[-1] < 0.7 * losses[0]
 

@@ -7,7 +7,7 @@ from torch import nn
 from featherweight.data import Batch, batches
 from featherweight.errors import UsageError
 from featherweight.layers import scan
-from featherweight.stats import LayerStats, capture, merge
+from featherweight.stats import LayerStats, capture, merge, shrink_
 from tests.reference.moments import relative
 
 SUMMED_ELSEWHERE = 1e-12  # the same float64 terms, added in another order
@@ -176,3 +176,75 @@ def test_white_is_unit_power_without_samples():
 def test_reached_means_finite_and_not_all_zero(x, finite, reached):
     stats = run(nn.Linear(4, 2), [Batch((x,), {})])["weight"]
     assert (stats.finite, stats.reached) == (finite, reached)
+
+
+# ---------------------------------------------------------------- what so few samples leave uncertain
+def correlated(cols: int, count: int, seed: int, mean: float = 1.0) -> torch.Tensor:
+    """(count, cols) samples around `mean` whose neighbours are alike."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, cols + 2, generator=random, dtype=torch.float64)
+    return mean + x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+
+
+def outside(c: torch.Tensor) -> float:
+    return float(c.square().sum() - c.diagonal().square().sum())
+
+
+def layer_stats(x: torch.Tensor, batch_size: int) -> LayerStats:
+    layer = nn.Linear(x.shape[1], 1, dtype=torch.float64)
+    return capture(layer, batches(x, batch_size=batch_size), scan(layer).units)["weight"]
+
+
+@pytest.mark.parametrize("batch_size", [8, 10])  # the last batch is smaller
+def test_scatter_is_the_variance_of_the_mean_over_batches(batch_size):
+    x = correlated(12, 48, 0)
+    parts = x.split(batch_size)
+    covariances = [torch.cov(p.T, correction=0) for p in parts]
+    n = torch.tensor([float(len(p)) for p in parts], dtype=torch.float64)
+    mean = sum(a * c for a, c in zip(n, covariances, strict=True)) / n.sum()
+    share = float(n.square().sum() / n.sum() ** 2)
+    of_one = sum(float(a) ** 2 * outside(c) for a, c in zip(n, covariances, strict=True)) / float(n.sum()) ** 2
+    expected = (of_one - share * outside(mean)) / (1 - share)
+    assert float(layer_stats(x, batch_size).scatter) == pytest.approx(expected, rel=1e-10)
+
+
+def test_scatter_of_many_columns_is_about_right():
+    """Only a sketch of these is kept."""
+    x = correlated(150, 400, 1)
+    exact = [outside(torch.cov(p.T, correction=0)) for p in x.split(50)]
+    mean = sum(torch.cov(p.T, correction=0) for p in x.split(50)) / 8
+    expected = (sum(exact) / 8 - outside(mean)) / 7
+    assert float(layer_stats(x, 50).scatter) == pytest.approx(expected, rel=0.15)
+
+
+def test_fewer_than_four_batches_tell_nothing():
+    x = correlated(6, 30, 2)
+    assert layer_stats(x, 10).scatter is None
+    before = layer_stats(x, 10).gram
+    assert torch.equal(shrink_(layer_stats(x, 10)).gram, before)
+    assert layer_stats(x, 7).scatter is not None
+
+
+@pytest.mark.parametrize(("cols", "count"), [(40, 32), (100, 64)])
+def test_a_shrunk_gram_is_nearer_to_the_true_one(cols, count):
+    true = torch.full((cols, cols), 9.0, dtype=torch.float64)  # the mean, 3
+    for distance, covariance in enumerate((3.0, 2.0, 1.0)):
+        near = torch.diag(torch.full((cols - distance,), covariance, dtype=torch.float64), distance)
+        true += near if distance == 0 else near + near.T
+    plain = layer_stats(correlated(cols, count, 3, 3.0), count // 8)
+    found = shrink_(layer_stats(correlated(cols, count, 3, 3.0), count // 8))
+    off = ~torch.eye(cols, dtype=torch.bool)
+
+    def far(stats: LayerStats) -> float:
+        covariance = stats.gram[0] - stats.mean[0, :, None] * stats.mean[0] + 9
+        return float((covariance - true)[off].square().sum())
+
+    assert far(found) < 0.7 * far(plain)
+    assert torch.equal(found.gram.diagonal(dim1=1, dim2=2), plain.gram.diagonal(dim1=1, dim2=2))
+    assert (torch.linalg.eigvalsh(found.gram[0]) > 0).all()
+
+
+def test_many_samples_are_believed():
+    x = correlated(20, 20_000, 4)
+    plain, found = layer_stats(x, 1000).gram, shrink_(layer_stats(x, 1000)).gram
+    assert 0 < relative(found, plain) < 1e-3
