@@ -17,7 +17,6 @@ from featherweight.artifact.load import fill
 from featherweight.chains.choose import chains_of
 from featherweight.chains.load import as_chains
 from featherweight.data import Batch, batches
-from featherweight.errors import UsageError
 from featherweight.export.graph import float_graph
 from featherweight.export.nodes import Nodes, Value
 from featherweight.export.parity import Parity, compared
@@ -138,8 +137,8 @@ def _filled(
 
 
 def _link(g: Nodes, tensor: Tensor, parts: list[Dense | Grid], name: str) -> tuple[Value, str]:
-    """A tensor that is no stored one: a link of a chain, whose numbers are those of a factor in another order, or such as
-    the variances of norms."""
+    """A tensor that is no stored one: a link of a chain, whose numbers are those of a factor in another order, or such
+    as the variances of norms."""
     if bool((tensor == tensor.reshape(-1)[:1]).all()):
         return g.filled(tensor.shape, float(tensor.reshape(-1)[0])), "constant"
     if bool((tensor.half().float() == tensor).all()):

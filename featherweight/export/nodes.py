@@ -42,7 +42,7 @@ class Nodes:
         """Of a numpy array, each contents once."""
         from onnx import numpy_helper
 
-        array = np.ascontiguousarray(values)
+        array = np.asarray(values, order="C")
         key = array.dtype.str, array.shape, array.tobytes()
         if key not in self._known:
             self._known[key] = name or self.name()
@@ -93,8 +93,8 @@ class Nodes:
         return self._known[key]
 
     def unpacked(self, codes: Tensor, bits: int, name: Value | None = None) -> Value:
-        """float32 in the shape of `codes`, whole numbers below 2**bits of any width: bits packed without gaps, which the
-        graph takes apart."""
+        """float32 in the shape of `codes`, whole numbers below 2**bits of any width: bits packed without gaps, which
+        the graph takes apart."""
         flat = codes.reshape(-1)
         stored = self.constant(pack(flat, bits).numpy(), name)
         shifts, ones = self.constant(np.arange(8, dtype=np.uint8)), self.constant(np.array([2], np.uint8))

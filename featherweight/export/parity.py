@@ -74,7 +74,7 @@ def session_of(path: Path, threads: int | None = None) -> Any:
 
 
 def _in_openvino(path: Path, net: nn.Module, tried: list[Batch]) -> tuple[float | None, str]:
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     try:
         config = {"INFERENCE_PRECISION_HINT": "f32"}  # without, some processors compute in bf16

@@ -1,5 +1,7 @@
 """Every kind of stored weight as ONNX nodes that decode it: small in the file, exact to the last bits of a float."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,9 @@ def _grid(g: Nodes, weight: Grid, view: View, name: str) -> tuple[Value, str]:
         else:
             inputs = [g.codes(weight.codes.reshape(shape), width, False, name), _scale(g, scale)]
             inputs.append(g.codes(_like_scale(weight.zero, scale), width, False))
-        axis = {"axis": 1, "block_size": weight.group} if blocked else {"axis": 0} if len(scale) > 1 else {}
+        axis: dict[str, Any] = (
+            {"axis": 1, "block_size": weight.group} if blocked else {"axis": 0} if len(scale) > 1 else {}
+        )
         g.opset = max(g.opset, 21) if blocked else g.opset
         found = g.add("DequantizeLinear", *inputs, **axis)
         how = f"int{width}" + f", blocks of {weight.group}" * blocked

@@ -119,7 +119,7 @@ def test_convolutions(convs, settings, tmp_path):
 )
 def test_recurrent_attention_and_tied(words, settings, tmp_path):
     net, data = words
-    artifact, done = exported(net, data, settings, tmp_path / "small.onnx")
+    _, done = exported(net, data, settings, tmp_path / "small.onnx")
     model = onnx.load(tmp_path / "small.onnx")
     kinds = [n.op_type for n in model.graph.node]
     assert kinds.count("LSTM") == 1
@@ -140,7 +140,7 @@ def test_a_wrong_model_is_not_written(convs, tmp_path, monkeypatch):
 
     net, data = convs
     monkeypatch.setattr(parity, "NEAR", 0.0)
-    with pytest.raises(UsageError, match="onnxruntime computes .* where torch computes"):
+    with pytest.raises(UsageError, match=r"onnxruntime computes .* where torch computes"):
         exported(net, data, {"method": "rtn", "bits": 4}, tmp_path / "small.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -162,5 +162,5 @@ def test_networks_that_cannot_be_exported_say_why(tmp_path):
             x = self.fc(x)
             return x * 2 if float(x.sum()) > 0 else x
 
-    with pytest.raises(UsageError, match="torch cannot export Branches to ONNX: .+"):
+    with pytest.raises(UsageError, match=r"torch cannot export Branches to ONNX: .+"):
         exported(Branches().eval(), torch.randn(8, 4), {"method": "rtn", "bits": 4}, tmp_path / "small.onnx")
