@@ -45,8 +45,8 @@ def export_onnx(small: Artifact | str | Path, model: nn.Module, example: Any, pa
     """Write a file's network as ONNX, with its weights as small as they are stored, and compare it with torch.
 
     Grids become integers of 2, 4 or 8 bits with DequantizeLinear, or bits that the graph takes apart; vectors become
-    Gathers from their books; factors the chains of layers that they run as, or Einsums; masks stay bits. It runs for any
-    number of samples.
+    Gathers from their books; factors the chains of layers that they run as, or Einsums; masks stay bits. It runs for
+    any number of samples.
 
     Args:
         small: a file, or what is in one.
