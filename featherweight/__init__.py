@@ -5,7 +5,6 @@ from featherweight.activations import ActivationGrid, simulate
 from featherweight.artifact import load
 from featherweight.chains import chained, chains_of, load_chained
 from featherweight.errors import FeatherweightError, FormatError, InfeasibleError, SolveError, UsageError
-from featherweight.export import Exported, export_onnx
 from featherweight.finetune import Finetune, finetune
 from featherweight.layers import scan
 from featherweight.methods import (
@@ -50,7 +49,6 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "Compressed",
     "DictionaryPairs",
     "Ecq",
-    "Exported",
     "FeatherweightError",
     "Finetune",
     "FormatError",
@@ -80,7 +78,6 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "chained",
     "chains_of",
     "compress",
-    "export_onnx",
     "finetune",
     "load",
     "load_chained",
