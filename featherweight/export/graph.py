@@ -38,11 +38,11 @@ def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset
     """
     try:
         import onnx_ir
-        from onnxscript import optimizer, version_converter
+        from onnxscript import optimizer
     except ImportError as error:
         raise UsageError(f"{INSTALL} ({error})") from error
     example = doubled(example)
-    args, shapes = _bound(model, example)
+    args, shapes = bound(model, example)
     with quiet():
         try:
             program: Any = torch.onnx.export(
@@ -58,15 +58,34 @@ def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset
             value.const_value = None
             graph.inputs.append(value)
         whole = optimizer.optimize(program.model)
-        if opset > FIRST_OPSET:
-            version_converter.convert_version(whole, opset)
         inputs = {v.name: v for v in whole.graph.inputs}
         for name, tensor in values.items():
             value = inputs[name]
             whole.graph.inputs.remove(value)
             value.const_value = tensor
             whole.graph.initializers[name] = value
-    return onnx_ir.to_proto(whole)
+    proto = onnx_ir.to_proto(whole)
+    return converted(proto, opset) if opset > FIRST_OPSET else proto
+
+
+def converted(proto: Any, opset: int) -> Any:
+    """The same model with the operators of a later set.
+
+    Raises:
+        UsageError: onnxscript does not know how.
+    """
+    import onnx_ir
+    from onnxscript import version_converter
+
+    with quiet():
+        try:
+            model = onnx_ir.from_proto(proto)
+            version_converter.convert_version(model, opset)
+        except Exception as error:  # whatever the converter raises
+            raise UsageError(f"the graph cannot be converted to operator set {opset}: {_reason(error)}") from error
+    if model.opset_imports[""] != opset:
+        raise UsageError(f"the graph cannot be converted to operator set {opset}: onnxscript left it as it was")
+    return onnx_ir.to_proto(model)
 
 
 def doubled(example: Batch) -> Batch:
@@ -83,7 +102,7 @@ def doubled(example: Batch) -> Batch:
     return Batch(tuple(more(v) for v in example.args), {k: more(v) for k, v in example.kwargs.items()})
 
 
-def _bound(model: nn.Module, example: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
+def bound(model: nn.Module, example: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
     """The example's values by the names that the network's `forward` gives them, and for each which of its dimensions
     are dynamic: the first, where it is that of the samples."""
     try:
