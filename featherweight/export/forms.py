@@ -277,7 +277,7 @@ def _mask(b: Nodes, w: Sparse) -> str:
         match w.form:
             case RowMap():
                 return b.op("Expand", _bits_of(b, w.mask.any(dim=1)[:, None]), b.whole(rows, cols))
-            case ChannelMap(taps, groups):
+            case ChannelMap(groups=groups):
                 parts = w.mask.reshape(groups, -1, channels, taps).any(dim=3).any(dim=1)
                 given = _bits_of(b, parts.reshape(groups, 1, channels, 1))
                 return b.op("Expand", given, b.whole(groups, rows // groups, channels, taps))
@@ -287,12 +287,12 @@ def _mask(b: Nodes, w: Sparse) -> str:
                     "Mul", _bits_of(b, w.mask.any(dim=1).reshape(-1, 1, 1)), _bits_of(b, columns.reshape(1, -1, 1))
                 )
                 return b.op("Expand", product, b.whole(rows, channels, taps))
-            case BlockMap(block):
+            case BlockMap(block=block):
                 tapwise = w.mask.reshape(rows, channels, taps).transpose(1, 2)
                 whole = torch.nn.functional.pad(tapwise, (0, -channels % block)).reshape(rows, taps, -1, block)
                 given = b.op("Expand", _bits_of(b, whole.any(dim=3, keepdim=True)), b.whole(*whole.shape))
                 return _by_taps(b, given, rows, taps, channels, -channels % block)
-            case NofM(n, m) if w.form.bits:
+            case NofM(n=n, m=m) if w.form.bits:
                 tapwise = w.mask.reshape(rows, channels, taps).transpose(1, 2)
                 masks = _masks(n, m)
                 whole = torch.nn.functional.pad(tapwise, (0, -channels % m)).reshape(rows, taps, -1, m)
@@ -333,7 +333,7 @@ def _factor(b: Nodes, w: Factors, k: int, name: str) -> str:
 
 
 def factor(b: Nodes, part: Dense | Grid, shape: Sequence[int], name: str) -> str:
-    """A factor as a float value of this shape, without DequantizeLinear: what follows can then be computed at loading."""
+    """A factor as a float value of this shape, without DequantizeLinear, so that what follows is computed at loading."""
     if isinstance(part, Dense):
         return b.floats(part.values.reshape(tuple(shape)), name)
     zero = torch.full_like(part.scale, symmetric_zero(part.nbits)).float() if part.zero is None else part.zero.float()

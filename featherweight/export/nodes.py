@@ -171,4 +171,3 @@ class Nodes:
 
 def _words(codes: Tensor) -> bytes:
     return codes.to(torch.int32).contiguous().numpy().astype("<u2").tobytes()
-

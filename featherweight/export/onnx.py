@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from featherweight.activations import ActivationGrid, simulate
+from featherweight.activations import simulate
 from featherweight.artifact import Artifact, fill, read
 from featherweight.artifact.write import plain_bytes
 from featherweight.chains import ChainRow, as_chains, chains_of
@@ -113,9 +113,7 @@ def export_onnx(
     kinds = dict(sorted(Counter(n.op_type for n in proto.graph.node).items()))
     size = os.path.getsize(path)
     before = len(plain_bytes(found))
-    return Exported(
-        str(path), size, before, opset, proto.ir_version, kinds, tuple(rows), parity, left, tuple(notes)
-    )
+    return Exported(str(path), size, before, opset, proto.ir_version, kinds, tuple(rows), parity, left, tuple(notes))
 
 
 def _few(example: Batch) -> Batch:
@@ -150,9 +148,7 @@ class _Held:
     turns: bool
 
 
-def _built(
-    found: Artifact, model: nn.Module, example: Batch
-) -> tuple[Any, list[Row], dict[str, str], list[str]]:
+def _built(found: Artifact, model: nn.Module, example: Batch) -> tuple[Any, list[Row], dict[str, str], list[str]]:
     """The whole `onnx.ModelProto`."""
     network = fill(copy.deepcopy(model), found)
     simulate(network, {})
@@ -176,7 +172,7 @@ def _built(
     if opset > FIRST_OPSET:
         proto = converted(proto, opset)
     missing = [n for n in found.inputs() if n not in present]
-    left = {n: "its input is rounded in torch, but the exported graph has no such weight" for n in missing}
+    left = dict.fromkeys(missing, "its input is rounded in torch, but the exported graph has no such weight")
     grids = {n: g for n, g in found.inputs().items() if n in present}
     left |= round_inputs(proto, b, grids)
     pack_constants(proto, b, set(held))
@@ -284,6 +280,3 @@ def _about(found: Artifact) -> dict[str, str]:
         "featherweight.digest": found.digest(),
         "featherweight.scheme": json.dumps(scheme, separators=(",", ":"), sort_keys=True),
     }
-
-
-__all__ = ["ActivationGrid", "Exported", "Row", "export_onnx"]

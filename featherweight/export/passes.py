@@ -124,8 +124,8 @@ def turn_gates(proto: Any, held: Collection[str], shapes: Mapping[str, tuple[int
     for node in [n for n in proto.graph.node if n.op_type in _RECURRENT]:
         for value in node.input[1:3]:
             maker = graph.makers.get(value)
-            both = maker is not None and maker.op_type == "Concat" and len(_sources(graph, value, held)) > 1
-            for part in maker.input if both else [value]:
+            several = len(_sources(graph, value, held)) > 1  # directions
+            for part in maker.input if maker is not None and maker.op_type == "Concat" and several else [value]:
                 names = _sources(graph, part, held)
                 if len(names) != 1 or names[0] in found or len(shapes[names[0]]) != 2:
                     continue
@@ -179,7 +179,8 @@ def _order(graph: Graph, value: str, name: str, shape: tuple[int, ...]) -> Tenso
     part = helper.make_graph(needed, "rows", [given], [made], constants)
     numbers = np.arange(shape[0] * shape[1]).reshape(shape)
     model = helper.make_model(part, opset_imports=[helper.make_opsetid("", 20)])
-    (moved,) = ReferenceEvaluator(model).run(None, {name: numbers})  # pyright: ignore[reportGeneralTypeIssues]
+    result: Any = ReferenceEvaluator(model).run(None, {name: numbers})
+    moved = result[0]
     if moved.shape != (1, *shape):
         return None
     order = moved[0, :, 0] // shape[1]

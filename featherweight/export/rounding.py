@@ -1,4 +1,4 @@
-"""Rounded inputs as QuantizeLinear and DequantizeLinear, where the file says that the inputs of a weight are rounded."""
+"""Rounded inputs as QuantizeLinear and DequantizeLinear, for the weights whose inputs the file rounds."""
 
 from collections.abc import Mapping
 from typing import Any
