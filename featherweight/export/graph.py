@@ -1,0 +1,162 @@
+"""A network -> the graph of an ONNX model, by torch's own exporter, cleaned by onnxscript's optimizer.
+
+Tensors that are to be stored in another form are held: while the optimizer works they are inputs of the graph, so that
+nothing is folded into them, and whatever reads them stays.
+"""
+
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.data import Batch
+from featherweight.errors import UsageError
+
+INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime: pip install 'featherweight[onnx]'"
+SMALLEST = 2  # samples of an example: torch takes a first dimension of 1 for a fixed one
+FIRST_OPSET = 20  # what torch's exporter writes without converting
+_TRAINING_ONLY = ".num_batches_tracked"
+
+
+def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset: int = FIRST_OPSET) -> Any:
+    """The network in eval mode as an `onnx.ModelProto`: initializers keep the names of the network's tensors, the first
+    dimension of the inputs is dynamic where the network allows it. Without `held`, BatchNorms are folded into
+    convolutions; the initializers named there are left whole, in float32, and read by the same operators as in torch.
+
+    Args:
+        example: one call of the network; its samples are repeated where there is only one.
+        opset: 20 or higher.
+
+    Raises:
+        UsageError: a package is missing, or torch cannot export the network; the first reason is named.
+    """
+    try:
+        import onnx_ir
+        from onnxscript import optimizer
+    except ImportError as error:
+        raise UsageError(f"{INSTALL} ({error})") from error
+    example = doubled(example)
+    args, shapes = bound(model, example)
+    with quiet():
+        try:
+            program: Any = torch.onnx.export(
+                model.eval(), (), kwargs=args, dynamo=True, optimize=False, verbose=False, dynamic_shapes=shapes
+            )
+        except Exception as error:  # the exporter runs the user's code, and may raise anything
+            raise UsageError(f"torch cannot export {type(model).__name__} to ONNX: {_reason(error)}") from error
+        graph = program.model.graph
+        waiting = {n: graph.initializers[n] for n in held if n in graph.initializers}
+        values = {n: v.const_value for n, v in waiting.items()}
+        for name, value in waiting.items():
+            del graph.initializers[name]
+            value.const_value = None
+            graph.inputs.append(value)
+        whole = optimizer.optimize(program.model)
+        inputs = {v.name: v for v in whole.graph.inputs}
+        for name, tensor in values.items():
+            value = inputs[name]
+            whole.graph.inputs.remove(value)
+            value.const_value = tensor
+            whole.graph.initializers[name] = value
+    proto = onnx_ir.to_proto(whole)
+    return converted(proto, opset) if opset > FIRST_OPSET else proto
+
+
+def converted(proto: Any, opset: int) -> Any:
+    """The same model with the operators of a later set.
+
+    Raises:
+        UsageError: onnxscript does not know how.
+    """
+    import onnx_ir
+    from onnxscript import version_converter
+
+    with quiet():
+        try:
+            model = onnx_ir.from_proto(proto)
+            version_converter.convert_version(model, opset)
+        except Exception as error:  # whatever the converter raises
+            raise UsageError(f"the graph cannot be converted to operator set {opset}: {_reason(error)}") from error
+    if model.opset_imports[""] != opset:
+        raise UsageError(f"the graph cannot be converted to operator set {opset}: onnxscript left it as it was")
+    return onnx_ir.to_proto(model)
+
+
+def doubled(example: Batch) -> Batch:
+    """The example with at least SMALLEST samples, repeated where it has fewer."""
+    if example.size >= SMALLEST or example.size == 0:
+        return example
+    times = -(-SMALLEST // example.size)
+
+    def more(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == example.size:
+            return torch.cat([value] * times)
+        return value
+
+    return Batch(tuple(more(v) for v in example.args), {k: more(v) for k, v in example.kwargs.items()})
+
+
+def bound(model: nn.Module, example: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The example's values by the names that the network's `forward` gives them, and for each which of its dimensions
+    are dynamic: the first, where it is that of the samples."""
+    try:
+        bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs)
+    except TypeError as error:
+        raise UsageError(f"{type(model).__name__} does not accept the example: {error}") from error
+    auto = torch.export.Dim.AUTO
+
+    def shape(value: Any) -> Any:
+        match value:
+            case Tensor():
+                return {0: auto} if value.ndim and len(value) == example.size else {}
+            case tuple() | list():
+                return type(value)(shape(v) for v in value)
+            case dict():
+                return {k: shape(v) for k, v in value.items()}
+        return None
+
+    values: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = inspect.signature(model.forward).parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise UsageError(
+                f"{type(model).__name__}.forward takes *{name}: wrap it in a module whose forward names its inputs"
+            )
+        values |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return values, {k: shape(v) for k, v in values.items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters and runtimes print and warn of: their failures are raised."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
+    levels = [x.level for x in loggers]
+    try:
+        for x in loggers:
+            x.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for x, level in zip(loggers, levels, strict=True):
+            x.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) < 300 else text[:297] + '...'}"
+
+
+def dynamic(model: Any) -> bool:
+    """Whether the first dimension of some input of an `onnx.ModelProto` is dynamic."""
+    dims = [i.type.tensor_type.shape.dim for i in model.graph.input]
+    return any(d and d[0].dim_param for d in dims)

@@ -1,0 +1,122 @@
+"""Whether an ONNX file computes what the network does: run in onnxruntime, and in OpenVINO where it is installed."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from featherweight.data import Batch
+from featherweight.errors import FormatError, UsageError
+from featherweight.export.graph import INSTALL, bound, quiet
+
+TOLERANCE = 1e-4  # of the largest output: float32 sums are taken in other orders
+ROUNDED = 0.1  # the same where inputs are rounded: a last bit decides between two points, and later layers see it
+
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # no bf16, no int8 inputs
+
+Runner: TypeAlias = Callable[[Sequence[Any]], list[Any]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """One comparison. samples: of the batch. difference: the largest, relative to the largest output."""
+
+    runtime: str
+    samples: int
+    difference: float
+
+
+def compared(
+    path: Path, network: nn.Module, examples: Sequence[Batch], tolerance: float, openvino: bool
+) -> tuple[Parity, ...]:
+    """Run a file and the network on the examples.
+
+    Raises:
+        UsageError: onnxruntime is missing.
+        FormatError: a runtime does not run the file, or an output differs by more than `tolerance`.
+    """
+    runners = {"onnxruntime": in_onnxruntime(path)}
+    if openvino and importlib.util.find_spec("openvino") is not None:
+        runners["openvino"] = in_openvino(path)
+    found = []
+    for example in examples:
+        with torch.no_grad(), quiet():
+            expected = [t.detach().cpu().float().numpy() for t in tensors_in(example.run(network))]
+        for runtime, run in runners.items():
+            try:
+                with quiet():
+                    given = run([t.detach().cpu().numpy() for t in tensors_in(bound(network, example)[0])])
+            except Exception as error:  # whatever a runtime raises
+                what = " ".join(str(error).split())[:300]
+                raise FormatError(f"{runtime} does not run the exported network: {what}") from error
+            difference = _difference(runtime, expected, given, tolerance)
+            found.append(Parity(runtime, example.size, difference))
+    return tuple(found)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a nested value, in order."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], tolerance: float) -> float:
+    if len(expected) != len(given):
+        raise FormatError(f"in {runtime} the exported network has {len(given)} outputs, in torch {len(expected)}")
+    largest = 0.0
+    for k, (a, b) in enumerate(zip(expected, given, strict=True)):
+        if a.shape != b.shape:
+            raise FormatError(f"output {k} has shape {b.shape} in {runtime} and {a.shape} in torch")
+        if a.size == 0:
+            continue
+        scale = max(float(np.abs(a).max()), 1e-30)
+        away = np.abs(a - b.astype(np.float32)) / scale
+        worst = float(np.nan_to_num(away, nan=np.inf).max())
+        if not worst <= tolerance:
+            first = tuple(int(i) for i in np.argwhere(~(away <= tolerance))[0])
+            raise FormatError(
+                f"the exported network computes something else in {runtime}: output {k} at {first} is {b[first]:.7g}, "
+                f"in torch {a[first]:.7g}; largest difference {worst:.2g} of the largest output, allowed {tolerance:g}"
+            )
+        largest = max(largest, worst)
+    return largest
+
+
+def in_onnxruntime(path: Path) -> Runner:
+    """Runs a file with onnxruntime, on as many threads as torch has."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError(f"{INSTALL} ({error})") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever onnxruntime raises
+        raise FormatError(
+            f"onnxruntime does not load the exported network: {' '.join(str(error).split())[:300]}"
+        ) from error
+    names = [i.name for i in session.get_inputs()]
+    return lambda arrays: list(session.run(None, dict(zip(names, arrays, strict=True))))
+
+
+def in_openvino(path: Path) -> Runner:
+    """Runs a file with OpenVINO as its operators say: by default it computes in bf16 where the processor can, and
+    rounds inputs of layers whose weights have few bits."""
+    import openvino  # pyright: ignore[reportMissingImports] - optional
+
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", _EXACT)
+    except Exception as error:  # whatever OpenVINO raises
+        raise FormatError(
+            f"OpenVINO does not load the exported network: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return lambda arrays: list(compiled(list(arrays)).values())
