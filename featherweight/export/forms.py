@@ -333,7 +333,7 @@ def _factor(b: Nodes, w: Factors, k: int, name: str) -> str:
 
 
 def factor(b: Nodes, part: Dense | Grid, shape: Sequence[int], name: str) -> str:
-    """A factor as a float value of this shape, without DequantizeLinear, so that what follows is computed at loading."""
+    """A factor as a float value of this shape; without DequantizeLinear, so that it is computed at loading."""
     if isinstance(part, Dense):
         return b.floats(part.values.reshape(tuple(shape)), name)
     zero = torch.full_like(part.scale, symmetric_zero(part.nbits)).float() if part.zero is None else part.zero.float()
