@@ -113,9 +113,31 @@ def test_pruned_weights_take_the_smaller_form(density):
 
 
 def test_codebooks_are_kept_once():
-    own = [w for w in INSTANCES.values() if isinstance(w, Codebook)][0]
+    own = next(w for w in INSTANCES.values() if isinstance(w, Codebook))
     b = Nodes()
     first = written(b, own, Place(View(own.shape)), None, "w")
     size = b.size
     assert written(b, own, Place(View(own.shape)), None, "w") == first
     assert b.size == size
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_codes_of_different_frequency_take_fewer_bits(bits):
+    generator = torch.Generator().manual_seed(bits)
+    bell = torch.randn(64 * 576, generator=generator) * 2 ** (bits - 3) + 2 ** (bits - 1)
+    codes = bell.round().clamp(0, 2**bits - 1).to(torch.uint8)
+    shares = codes.bincount() / len(codes)
+    entropy = -(shares * shares.clamp(min=1e-9).log2()).sum()
+    grid = Grid(codes.reshape(64, 576), torch.rand(64, 1).half(), None, bits, 576)
+    b = Nodes(tight=True)
+    value = written(b, grid, Place(View(grid.shape)), None, "w")
+    assert torch.equal(decoded(b, value), grid.dense())
+    assert b.size <= len(codes) / 8 * min(1.1 * entropy, bits) + 2500
+
+
+@pytest.mark.parametrize("codes", [[0], [3, 3, 3], [0, 255] * 5000, [1] * 9999 + [7], [*range(256)] * 30])
+def test_packed_codes_come_back(codes):
+    given = torch.tensor(codes, dtype=torch.uint8)
+    b = Nodes()
+    value = b.op("Cast", b.packed(given, 8), to=1)
+    assert torch.equal(decoded(b, value, 1).to(torch.uint8), given)
