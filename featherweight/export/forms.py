@@ -153,14 +153,16 @@ def _levels(
     def packed(b: Nodes) -> str:
         value = flat
         if not flat and zero is None and g.nbits == 1:
-            half = b.planes(codes // 2, 1, name)
+            half = b.packed(codes // 2, 1, name)
             value = b.op("Add", half, half)
         elif not flat:
-            value = b.planes(codes, bits, name)
+            value = b.packed(codes, bits, name)
         zeros = torch.full_like(scale, middle, dtype=torch.uint8) if zero is None else zero
         return b.op("DequantizeLinear", value, b.floats(of(scale)), b.plain(of(zeros)), **given)
 
-    return packed(b) if flat else b.smallest(native, packed)
+    if flat:
+        return packed(b)
+    return native(b) if g.nbits in (2, 4, 8) and not b.tight else b.smallest(native, packed)
 
 
 # ---------------------------------------------------------------- vectors from books
@@ -247,9 +249,9 @@ def _kept(b: Nodes, w: Sparse, place: Place, rows: Tensor | None, name: str) -> 
             return b.op("Cast", b.unsigned(codes, g.nbits, name, least=4), to=UINT8)
 
         def packed(b: Nodes) -> str:
-            return b.planes(codes, g.nbits, name)
+            return b.packed(codes, g.nbits, name)
 
-        values = b.plain(codes, name) if g.nbits == 8 else b.smallest(native, packed)
+        values = b.smallest(native, packed)
         if g.zero is None and g.nbits == 1:
             values = b.op("Add", values, values)
         placed = b.op("Gather", values, index, axis=0)
@@ -333,7 +335,7 @@ def _factor(b: Nodes, w: Factors, k: int, name: str) -> str:
 
 
 def factor(b: Nodes, part: Dense | Grid, shape: Sequence[int], name: str) -> str:
-    """A factor as a float value of this shape, without DequantizeLinear, so that what follows is computed at loading."""
+    """A factor as a float value of this shape; without DequantizeLinear, so that it is computed at loading."""
     if isinstance(part, Dense):
         return b.floats(part.values.reshape(tuple(shape)), name)
     zero = torch.full_like(part.scale, symmetric_zero(part.nbits)).float() if part.zero is None else part.zero.float()

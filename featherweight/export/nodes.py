@@ -30,6 +30,7 @@ _UINT16 = 4
 _SIGNED, _UNSIGNED = {8: 3, 4: 22, 2: 26}, {8: UINT8, 4: 21, 2: 25}
 _OPSETS = {8: 13, 4: 21, 2: 25}  # that know integers of so many bits, for DequantizeLinear along one axis
 BLOCKED = 21  # the first opset with a scale per block
+LEVEL = 400  # bytes that the operators of a level of codes with an escape take, about
 WORTH = 32  # bytes that an operator takes in the file, about: less is not worth one
 
 
@@ -37,11 +38,13 @@ WORTH = 32  # bytes that an operator takes in the file, about: less is not worth
 @dataclass(slots=True)
 class Nodes:
     """What was built: operators and constants, `onnx.NodeProto` and `onnx.TensorProto`. opset: the lowest that knows
-    them. Equal constants are one."""
+    them. Equal constants are one. tight: whether codes of 2, 4 and 8 bits may be packed into fewer, too, which no
+    runtime reads as integers of these types."""
 
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
     opset: int = 18
+    tight: bool = False
     known: dict[tuple[Any, ...], str] = field(default_factory=dict)
     count: int = 0
 
@@ -125,6 +128,40 @@ class Nodes:
             low += width
         return self.reshaped(total, codes.shape)
 
+    def packed(self, codes: Tensor, bits: int, name: str = "") -> str:
+        """Like `planes`, or in fewer bits where codes are of different frequency: each level has the commonest that are
+        left, and an escape for the others, which follow in the next level."""
+        flat = codes.reshape(-1)
+        levels = _levels(flat, bits)
+        if len(levels) < 2:
+            return self.planes(codes, bits, name)
+
+        def plain(b: "Nodes") -> str:
+            return b.planes(codes, bits, name)
+
+        def escaped(b: "Nodes") -> str:
+            return b.reshaped(b._level(flat, levels, name), codes.shape)
+
+        return self.smallest(plain, escaped)
+
+    def _level(self, codes: Tensor, levels: "list[_Level]", name: str) -> str:
+        """A flat uint8 value of the codes that are left."""
+        (first, *others), last = levels, len(levels) == 1
+        numbers = torch.full((256,), 2**first.width - 1, dtype=torch.uint8)
+        numbers[first.codes.long()] = torch.arange(len(first.codes), dtype=torch.uint8)
+        base = numbers[codes.long()]
+        value = self.op("Cast", self.planes(base, first.width, name), to=INT32)
+        table = self.plain(first.codes)
+        if last:
+            return self.op("Gather", table, value, axis=0)
+        escape = 2**first.width - 1
+        left = self.op("Equal", value, self.plain(torch.tensor(escape, dtype=torch.int32)))
+        number = self.op("CumSum", self.op("Cast", left, to=INT32), self.plain(torch.tensor(0)))
+        place = self.op("Add", number, self.plain(torch.tensor(escape - 1, dtype=torch.int32)))
+        rest = self._level(codes[base == escape], others, f"{name}.{len(others)}" if name else "")
+        known = self.op("Concat", table, rest, axis=0)
+        return self.op("Gather", known, self.op("Where", left, place, value), axis=0)
+
     def _apart(self, codes: Tensor, width: int, name: str) -> str:
         """A flat uint8 value of codes, from bytes that hold several each."""
         data, each = pack(codes, width), 8 // width
@@ -156,7 +193,7 @@ class Nodes:
             return b.op("Cast", b.unsigned(codes, bits, name, least=4), to=INT32)
 
         def packed(b: "Nodes") -> str:
-            return b.op("Cast", b.planes(codes, bits, name), to=INT32)
+            return b.op("Cast", b.packed(codes, bits, name), to=INT32)
 
         return self.smallest(native, packed)
 
@@ -167,6 +204,40 @@ class Nodes:
         self.nodes, self.constants, self.known = best.nodes, best.constants, best.known
         self.opset, self.count = best.opset, best.count
         return value
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """codes: uint8, the commonest of those that are left: all, or 2**width - 1 of them, the last number being that of
+    the escape."""
+
+    width: int
+    codes: Tensor
+
+
+def _levels(codes: Tensor, bits: int) -> list[_Level]:
+    """The levels that take the fewest bytes, for codes (n,) of at most 8 bits."""
+    counts = torch.bincount(codes.long(), minlength=2**bits)
+    order = counts.argsort(descending=True, stable=True)
+    order = order[counts[order] > 0]
+    left = counts[order].flip(0).cumsum(0).flip(0).tolist()  # how many codes are at this rank or beyond
+    best: list[tuple[float, int]] = [(0.0, 0)] * (len(order) + 1)  # bytes from this rank on, and the width
+    for rank in range(len(order) - 1, -1, -1):
+        tried = []
+        for width in range(1, 9):
+            done = len(order) - rank <= 2**width
+            after = 0.0 if done else best[rank + 2**width - 1][0]
+            tried.append((left[rank] * width / 8 + LEVEL + after, width))
+        best[rank] = min(tried)
+    found, rank = [], 0
+    while rank < len(order):
+        width = best[rank][1]
+        whole = len(order) - rank <= 2**width
+        size = len(order) - rank if whole else 2**width - 1
+        found.append(_Level(width, order[rank : rank + size].to(torch.uint8)))
+        rank += size
+    return found
 
 
 def _words(codes: Tensor) -> bytes:

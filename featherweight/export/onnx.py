@@ -23,7 +23,7 @@ from featherweight.export.graph import FIRST_OPSET, INSTALL, converted, doubled,
 from featherweight.export.links import linked
 from featherweight.export.nodes import Nodes
 from featherweight.export.parity import ROUNDED, TOLERANCE, Parity, compared
-from featherweight.export.passes import cleaned, fold_norms, turn_gates
+from featherweight.export.passes import cleaned, fold_norms, replace_reads, turn_gates
 from featherweight.export.rounding import round_inputs
 from featherweight.export.shrink import pack_constants, shrink
 from featherweight.layers import View
@@ -74,6 +74,8 @@ def export_onnx(
     example: Batch,
     path: str | Path,
     progress: Progress = lambda _stage, _done, _total: None,
+    *,
+    tight: bool = False,
 ) -> Exported:
     """Write a compressed network as an ONNX file, after comparing it with the network.
 
@@ -81,6 +83,9 @@ def export_onnx(
         artifact: a .fw file, or its contents.
         model: an instance of the network's class; it is not changed.
         example: one call of the network. Its first dimension becomes dynamic where the network allows that.
+
+        tight: pack codes of 2, 4 and 8 bits into fewer, too, by how often each occurs. The file is smaller; runtimes
+            unpack it on loading, and have no integers of these types then.
 
     Raises:
         UsageError: the file does not fit the network, torch cannot export it, or a package is missing.
@@ -94,7 +99,7 @@ def export_onnx(
     network = fill(copy.deepcopy(model), found)
     progress("export", 0, 3)
     example = doubled(_few(example))
-    proto, rows, left, notes = _built(found, model, example)
+    proto, rows, left, notes = _built(found, model, example, tight)
     progress("export", 1, 3)
     if not dynamic(proto):
         notes.append(f"the batch size is fixed at {example.size}: the network's forward depends on it")
@@ -148,7 +153,9 @@ class _Held:
     turns: bool
 
 
-def _built(found: Artifact, model: nn.Module, example: Batch) -> tuple[Any, list[Row], dict[str, str], list[str]]:
+def _built(
+    found: Artifact, model: nn.Module, example: Batch, tight: bool
+) -> tuple[Any, list[Row], dict[str, str], list[str]]:
     """The whole `onnx.ModelProto`."""
     network = fill(copy.deepcopy(model), found)
     simulate(network, {})
@@ -160,7 +167,7 @@ def _built(found: Artifact, model: nn.Module, example: Batch) -> tuple[Any, list
     present = {t.name for t in proto.graph.initializer if t.name in held}
     factors = fold_norms(proto, present, {f"{n.name}.weight": n for n in found.norms})
     turned = turn_gates(proto, present, {n: held[n].shape for n in present if held[n].turns})
-    b = Nodes()
+    b = Nodes(tight=tight)
     rows, values = [], {}
     for name in [t.name for t in proto.graph.initializer if t.name in held]:
         before, own = b.size, held[name]
@@ -260,10 +267,7 @@ def _put(proto: Any, b: Nodes, values: Mapping[str, str], held: set[str]) -> Non
     graph = proto.graph
     for tensor in [t for t in graph.initializer if t.name in held or t.name in values]:
         graph.initializer.remove(tensor)
-    for node in graph.node:
-        for k, name in enumerate(node.input):
-            if name in values:
-                node.input[k] = values[name]
+    replace_reads(graph, values)
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend([*b.nodes, *rest])

@@ -1,7 +1,7 @@
 """What is done to the graph that torch exports before weights take their stored form: BatchNorms go into the weights
 before them, and the weights of recurrent operators lie as these read them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -27,7 +27,7 @@ class Graph:
         self.readers: dict[str, list[Any]] = {}
         for node in graph.node:
             self.makers |= {o: node for o in node.output if o}
-            for value in dict.fromkeys(node.input):
+            for value in dict.fromkeys(i for n in nested(node) for i in n.input):
                 self.readers.setdefault(value, []).append(node)
         self.outputs = {o.name for o in graph.output}
 
@@ -52,10 +52,47 @@ class Graph:
         self.constants[name] = self.graph.initializer[-1]
 
 
+def _graphs(attribute: Any) -> list[Any]:
+    return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def nested(node: Any) -> Iterator[Any]:
+    """An operator and those of the graphs in its attributes, which read values of the graph around them."""
+    yield node
+    for attribute in node.attribute:
+        for graph in _graphs(attribute):
+            for inner in graph.node:
+                yield from nested(inner)
+
+
+def inner_graphs(graph: Any) -> Iterator[Any]:
+    """A graph and those in the attributes of its operators."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in _graphs(attribute):
+                yield from inner_graphs(inner)
+
+
+def read_by(graph: Any) -> set[str]:
+    """The values that something reads."""
+    graphs = list(inner_graphs(graph))
+    return {i for g in graphs for n in g.node for i in n.input} | {o.name for g in graphs for o in g.output}
+
+
+def replace_reads(graph: Any, values: Mapping[str, str]) -> None:
+    """Let whatever reads one value read another."""
+    for inner in inner_graphs(graph):
+        for node in inner.node:
+            for k, name in enumerate(node.input):
+                if name in values:
+                    node.input[k] = values[name]
+
+
 def cleaned(graph: Any) -> None:
     """Without operators and constants that nothing reads."""
     while True:
-        read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
+        read = read_by(graph)
         unused = [n for n in graph.node if not any(o in read for o in n.output)]
         if not unused:
             break

@@ -5,9 +5,10 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from featherweight.export.nodes import BOOL, INT64, WORTH, Nodes
-from featherweight.export.passes import Graph
+from featherweight.export.passes import Graph, inner_graphs, replace_reads
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -17,32 +18,24 @@ def pack_constants(proto: Any, b: Nodes, held: Collection[str]) -> None:
     graph = Graph(proto.graph)
     for name in [n for n in graph.constants if n not in held]:
         array = graph.array(name)
-        if array.dtype.kind not in "fib" or array.nbytes <= 2 * WORTH or array.dtype.name not in _KNOWN:
+        if array.nbytes <= 2 * WORTH or array.dtype.name not in _KNOWN or name in graph.outputs:
             continue
         tensor = torch.from_numpy(array.copy())
-        before = b.size
 
-        def packed(b: Nodes, tensor: Any = tensor, name: str = name) -> str:
+        def packed(b: Nodes, tensor: Tensor = tensor, name: str = name) -> str:
             return _packed(b, tensor, name)
 
-        def plain(b: Nodes, tensor: Any = tensor, name: str = name) -> str:
+        def plain(b: Nodes, tensor: Tensor = tensor, name: str = name) -> str:
             return b.plain(tensor, name)
 
-        value = b.smallest(plain, packed)
-        del before
-        for node in proto.graph.node:
-            for k, i in enumerate(node.input):
-                if i == name:
-                    node.input[k] = value
-    used = {i for n in proto.graph.node for i in n.input} | {o.name for o in proto.graph.output}
-    for tensor in [t for t in proto.graph.initializer if t.name not in used and t.name not in held]:
-        proto.graph.initializer.remove(tensor)
+        replace_reads(proto.graph, {name: b.smallest(plain, packed)})
+        proto.graph.initializer.remove(graph.constants[name])
 
 
 _KNOWN = ("float32", "int64", "int32", "bool")
 
 
-def _packed(b: Nodes, tensor: Any, name: str) -> str:
+def _packed(b: Nodes, tensor: Tensor, name: str) -> str:
     first = tensor.reshape(-1)[:1]
     if bool((tensor == first).all()):
         return b.op("Expand", b.plain(first.reshape(())), b.whole(*tensor.shape))
@@ -70,19 +63,20 @@ def shrink(proto: Any, about: Mapping[str, str]) -> None:
             short[old] = next(n for n in (_word(i) for i in numbers) if n not in short.values())
         return short[old]
 
-    for node in graph.node:
-        for field in ("name", "doc_string", "metadata_props"):
-            node.ClearField(field)
-        node.input[:] = [name(i) for i in node.input]
-        node.output[:] = [name(o) for o in node.output]
-        for attribute in node.attribute:
-            attribute.ClearField("doc_string")
-    for tensor in graph.initializer:
-        tensor.name = name(tensor.name)
-        tensor.ClearField("doc_string")
-    del graph.value_info[:]
+    for inner in inner_graphs(graph):
+        for node in inner.node:
+            for field in ("name", "doc_string", "metadata_props"):
+                node.ClearField(field)
+            node.input[:] = [name(i) for i in node.input]
+            node.output[:] = [name(o) for o in node.output]
+            for attribute in node.attribute:
+                attribute.ClearField("doc_string")
+        for value in (*inner.initializer, *inner.input, *inner.output):
+            value.name = name(value.name)
+            value.ClearField("doc_string")
+            value.ClearField("metadata_props")
+        del inner.value_info[:]
     for value in (*graph.input, *graph.output):
-        value.ClearField("metadata_props")
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.dim_param = "batch"
