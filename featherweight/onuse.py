@@ -39,20 +39,20 @@ class Packed(nn.Module):
         return self.view.tensor(self.kind.load(self.shape, self.meta, self.payload).dense()).to(self.place)
 
 
-def load_packed(path: str | Path, into: M) -> M:
+def load_packed(path: str | Path, into: M, *, ignore_structure: bool = False) -> M:
     """Like `load`, with every compressed weight kept packed and decoded whenever the network uses it. The network is
     for inference; its compressed weights are no parameters any more.
 
     Raises:
         FormatError: the file is damaged or no featherweight file.
-        UsageError: names or shapes of `into` differ from the file's; the differences are named.
+        UsageError: names, shapes or structure of `into` differ from the file's; the differences are named.
     """
-    return keep_packed(into, read(Path(path)))
+    return keep_packed(into, read(Path(path)), ignore_structure=ignore_structure)
 
 
-def keep_packed(model: M, artifact: Artifact) -> M:
+def keep_packed(model: M, artifact: Artifact, *, ignore_structure: bool = False) -> M:
     """Like `load_packed`, of a file's contents."""
-    fill(model, artifact)
+    fill(model, artifact, ignore_structure=ignore_structure)
     modules = dict(model.named_modules(remove_duplicate=False))
     for unit in artifact.units:
         first: Packed | None = None
