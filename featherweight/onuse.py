@@ -6,6 +6,7 @@ is tied to, or a function that takes it. Recurrent modules keep a list of their 
 emptied after.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -13,7 +14,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from featherweight.artifact import Artifact, fill, read
+from featherweight.artifact import Artifact, StoredUnit, fill, read
 from featherweight.layers import View
 from featherweight.weights import Factors, Weight, books_of
 
@@ -53,18 +54,30 @@ def load_packed(path: str | Path, into: M, *, ignore_structure: bool = False) ->
 def keep_packed(model: M, artifact: Artifact, *, ignore_structure: bool = False) -> M:
     """Like `load_packed`, of a file's contents."""
     fill(model, artifact, ignore_structure=ignore_structure)
+    return decoding(model, artifact, lambda unit, like: Packed(unit.weight, unit.view, like))
+
+
+def decoding(model: M, artifact: Artifact, make: Callable[[StoredUnit, Tensor], nn.Module | None]) -> M:
+    """A network that is filled, with modules in place of weights.
+
+    Args:
+        make: the module that gives a weight whenever it is called, for a unit and the parameter that it takes the place
+            of; None leaves the parameter.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     for unit in artifact.units:
-        first: Packed | None = None
+        made: nn.Module | None = None
         for name in unit.names:
             owner, _, attribute = name.rpartition(".")
             module = modules[owner]
             filled = module._parameters.get(attribute)
             if filled is None:  # the same module under another name
                 continue
-            first = first or Packed(unit.weight, unit.view, filled)
+            made = made or make(unit, filled)
+            if made is None:
+                break
             del module._parameters[attribute]
-            module.add_module(f"packed_{attribute}", first)
+            module.add_module(f"packed_{attribute}", made)
             _as_property(module, attribute)
     for module in model.modules():
         if isinstance(module, nn.RNNBase) and any(n.startswith("packed_") for n in module._modules):

@@ -40,7 +40,7 @@ def checkpoint(artifact: Artifact, network: nn.Module, output: Path) -> Export:
     with replaced(output) as place:
         save_file(tensors, place, others or None)
         same(load_file(place), tensors, output)
-    rows = [_row(u.name, tensors[others.get(u.name, u.name)]) for u in artifact.units]
+    rows = [_row(u.names[0], tensors[others.get(u.names[0], u.names[0])]) for u in artifact.units]
     notes = [ROUNDED] * bool(artifact.inputs())
     if others:
         some = ", ".join(f"{n} = {first}" for n, first in list(others.items())[:3])

@@ -78,9 +78,9 @@ def compressed_tensors(artifact: Artifact, network: nn.Module, folder: Path) -> 
     for unit in artifact.units:
         reason = _refusal(unit, layers)
         if reason is not None or not isinstance(unit.weight, Grid):
-            own = state[unit.name]
+            own = state[unit.names[0]]
             rows.append(
-                ExportedWeight(unit.name, f"dense {type_of(own)}", own.numel() * own.element_size(), reason or "")
+                ExportedWeight(unit.names[0], f"dense {type_of(own)}", own.numel() * own.element_size(), reason or "")
             )
             continue
         scheme = _scheme(unit.weight)
@@ -91,7 +91,7 @@ def compressed_tensors(artifact: Artifact, network: nn.Module, folder: Path) -> 
             schemes[place] = scheme
             size = sum(t.numel() * t.element_size() for t in made.values())
             own = scheme.strategy if scheme.group_size is None else f"group of {scheme.group_size}"
-            again = "" if name == unit.name else f"{unit.name} again: the format ties no packed weights"
+            again = "" if name == unit.names[0] else f"{unit.names[0]} again: the format ties no packed weights"
             rows.append(ExportedWeight(name, f"{scheme.num_bits} bits, scale per {own}", size, again))
     dense, others = distinct({n: t for n, t in state.items() if n.removesuffix(".weight") not in schemes})
     config = _config(network, schemes, [n for n in layers if n not in schemes])
