@@ -8,12 +8,14 @@ emptied after.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
+from featherweight.activations import DECODED_BY
 from featherweight.artifact import Artifact, StoredUnit, fill, read
 from featherweight.layers import View
 from featherweight.weights import Factors, Weight, books_of
@@ -89,10 +91,38 @@ def decoding(model: M, artifact: Artifact, make: Callable[[StoredUnit, Tensor], 
 
 def _as_property(module: nn.Module, attribute: str) -> None:
     """Give this one module a class of its own, in which the attribute decodes."""
-    kind = type(module)
-    if not getattr(kind, "is_packed", False):
-        module.__class__ = kind = type(kind.__name__, (kind,), {"is_packed": True})
-    setattr(kind, attribute, property(lambda self: self._modules[f"packed_{attribute}"]()))
+    kind, names = type(module), {attribute}
+    if issubclass(kind, _Decodes):
+        kind, names = kind.plain, {attribute, *kind.names}
+    module.__class__ = _class_of(kind, frozenset(names))
+
+
+class _Decodes:
+    """Of modules that have properties in place of weights. plain: their class without these; names: of the weights."""
+
+    plain: ClassVar[type]
+    names: ClassVar[frozenset[str]]
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:  # a class that was made here has no name to be found by
+        return _empty, (self.plain, self.names), vars(self)
+
+
+@lru_cache(maxsize=1024)
+def _class_of(plain: type, names: frozenset[str]) -> type:
+    own: dict[str, Any] = {name: property(partial(_decoded, name)) for name in names}
+    return type(plain.__name__, (_Decodes, plain), own | {"plain": plain, "names": names})
+
+
+def _empty(plain: type, names: frozenset[str]) -> Any:
+    kind = _class_of(plain, names)
+    return kind.__new__(kind)
+
+
+def _decoded(name: str, module: Any) -> Tensor:
+    decoder = module._modules[f"packed_{name}"]
+    tensor = decoder()
+    setattr(tensor, DECODED_BY, id(decoder))  # for those that round inputs by their weight
+    return tensor
 
 
 def _filled(module: Any, _inputs: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from featherweight.activations import plain_copy
 from featherweight.artifact import Artifact, fill, read
 from featherweight.errors import FormatError, UsageError
 from featherweight.export.result import Export, ExportedWeight
@@ -16,26 +17,23 @@ ROUNDED = "the file rounds inputs of its weights; what was exported has the weig
 
 
 def export_checkpoint(
-    path: str | Path, into: nn.Module, output: str | Path, *, ignore_structure: bool = False
+    small: Artifact | str | Path, model: nn.Module, path: str | Path, *, ignore_structure: bool = False
 ) -> Export:
-    """Write the decoded network as a safetensors file that `into.load_state_dict` takes, strictly.
+    """Write the decoded network as a safetensors file that `load_state_dict` takes, strictly.
 
     Args:
-        into: a network of the class that was compressed; it is filled, and says which types the tensors have.
-        output: the file to write. Tensors that are one in the network are there under one name; the metadata give the
+        small: a file, or what is in one.
+        model: a network of the class that was compressed, which says what types the tensors have; it is not changed.
+        path: the file to write. Tensors that are one in the network are there under one name; the metadata give the
             others, as `safetensors.torch.save_model` does it, and `safetensors.torch.load_model` loads them.
 
     Raises:
-        FormatError: the file is damaged, or what was written reads back otherwise; then there is no output.
-        UsageError: the network does not fit the file, has a state that is no tensor, or the output cannot be written.
+        FormatError: the file is damaged, or what was written reads back otherwise; then there is no file.
+        UsageError: the network does not fit the file or has a state that is no tensor, or the file cannot be written.
     """
-    check_output(Path(output), Path(path))
-    artifact = read(Path(path))
-    return checkpoint(artifact, fill(into, artifact, ignore_structure=ignore_structure), Path(output))
-
-
-def checkpoint(artifact: Artifact, network: nn.Module, output: Path) -> Export:
-    """Like `export_checkpoint`, of a network that `artifact` has filled."""
+    output = Path(path)
+    check_output(output, None if isinstance(small, Artifact) else Path(small))
+    artifact, network = filled(small, model, ignore_structure)
     tensors, others = distinct(state_of(network))
     with replaced(output) as place:
         save_file(tensors, place, others or None)
@@ -45,7 +43,15 @@ def checkpoint(artifact: Artifact, network: nn.Module, output: Path) -> Export:
     if others:
         some = ", ".join(f"{n} = {first}" for n, first in list(others.items())[:3])
         notes.append(f"tied tensors are there once ({some}): load with safetensors.torch.load_model")
-    return Export(output, output.stat().st_size, tuple(rows), "every tensor, bit for bit", tuple(notes))
+    return Export(output.stat().st_size, tuple(rows), "every tensor, bit for bit", tuple(notes))
+
+
+def filled(
+    small: Artifact | str | Path, model: nn.Module, ignore_structure: bool = False
+) -> tuple[Artifact, nn.Module]:
+    """What is in a file, and a copy of the network with it."""
+    artifact = small if isinstance(small, Artifact) else read(Path(small))
+    return artifact, fill(plain_copy(model), artifact, ignore_structure=ignore_structure)
 
 
 def _row(name: str, tensor: Tensor) -> ExportedWeight:

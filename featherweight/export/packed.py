@@ -9,7 +9,7 @@ does every column of the zero points.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featherweight._pack import pack, unpack
-from featherweight.artifact import Artifact, StoredUnit, fill, read
+from featherweight.artifact import Artifact, StoredUnit
 from featherweight.errors import UsageError
-from featherweight.export.checkpoint import ROUNDED, distinct, same, state_of, type_of
+from featherweight.export.checkpoint import ROUNDED, distinct, filled, same, state_of, type_of
 from featherweight.export.result import Export, ExportedWeight
 from featherweight.weights import Factors, Grid
 from featherweight.weights.grid import per_entry
@@ -49,27 +49,23 @@ class Scheme:
 
 
 def export_compressed_tensors(
-    path: str | Path, into: nn.Module, folder: str | Path, *, ignore_structure: bool = False
+    small: Artifact | str | Path, model: nn.Module, folder: str | Path, *, ignore_structure: bool = False
 ) -> Export:
     """Write a folder that compressed-tensors, and what reads its checkpoints, loads: linear and embedding layers whose
     weights are grids of 1 to 8 bits stay packed, all else is dense, in the network's own names and types.
 
     Args:
-        into: a network of the class that was compressed; it is filled.
+        small: a file, or what is in one.
+        model: a network of the class that was compressed; it is not changed.
         folder: the folder to make. It must not exist, or be empty.
 
     Raises:
         FormatError: the file is damaged, or what was written reads back otherwise; then there is no folder.
         UsageError: the network does not fit the file, has a state that is no tensor, or the folder cannot be made.
     """
-    check_folder(Path(folder))
-    artifact = read(Path(path))
-    return compressed_tensors(artifact, fill(into, artifact, ignore_structure=ignore_structure), Path(folder))
-
-
-def compressed_tensors(artifact: Artifact, network: nn.Module, folder: Path) -> Export:
-    """Like `export_compressed_tensors`, of a network that `artifact` has filled."""
+    folder = Path(folder)
     check_folder(folder)
+    artifact, network = filled(small, model, ignore_structure)
     state = state_of(network)
     layers = {n: m for n, m in network.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear | nn.Embedding)}
     schemes: dict[str, Scheme] = {}
@@ -111,10 +107,10 @@ def compressed_tensors(artifact: Artifact, network: nn.Module, folder: Path) -> 
         notes.append("no layer fits this format, so the checkpoint is dense; its reasons stand beside the weights")
     if others:
         notes.append("tied dense tensors are there once, as in a checkpoint of safetensors")
-    return Export(folder, size, tuple(rows), "every tensor, decoded, bit for bit", tuple(notes))
+    return Export(size, tuple(rows), "every tensor, decoded, bit for bit", tuple(notes))
 
 
-def _refusal(unit: StoredUnit, layers: dict[str, nn.Module]) -> str | None:
+def _refusal(unit: StoredUnit, layers: Collection[str]) -> str | None:
     """Why a weight cannot stay packed in this format, or None."""
     if not all(n.endswith(".weight") and n.removesuffix(".weight") in layers for n in unit.names):
         return "the format holds linear and embedding layers inside a network only"
@@ -207,10 +203,11 @@ def _config(network: nn.Module, schemes: dict[str, Scheme], ignored: list[str]) 
     }
     said = {"quant_method": "compressed-tensors", "format": FORMAT, "quantization_status": "compressed"}
     said |= {"config_groups": listed, "ignore": ignored, "kv_cache_scheme": None, "global_compression_ratio": None}
-    own = getattr(getattr(network, "config", None), "to_dict", None)
-    first = next((p.dtype for p in network.parameters()), torch.float32)
-    known = own() if callable(own) else {"architectures": [type(network).__name__], "dtype": str(first)[6:]}
-    return dict(known) | {"quantization_config": said}
+    own: Any = getattr(network, "config", None)
+    first = next((p for p in network.parameters()), torch.empty(0))
+    plain = {"architectures": [type(network).__name__], "dtype": type_of(first)}
+    known: dict[str, Any] = own.to_dict() if callable(getattr(own, "to_dict", None)) else plain
+    return known | {"quantization_config": said}
 
 
 def check_folder(folder: Path) -> None:

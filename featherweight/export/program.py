@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from featherweight.artifact import Artifact, StoredUnit, fill, read
+from featherweight.artifact import Artifact, StoredUnit
 from featherweight.data import Batch, batches, device_of
 from featherweight.errors import FormatError, UsageError
+from featherweight.export.checkpoint import filled
 from featherweight.export.decoders import Memory, decoder
 from featherweight.export.result import Export, ExportedWeight
 from featherweight.onuse import decoding
@@ -34,27 +35,24 @@ _ASSERTS = torch.ops.aten._assert_tensor_metadata.default
 
 
 def export_program(
-    path: str | Path, into: nn.Module, output: str | Path, *, example: Any, ignore_structure: bool = False
+    small: Artifact | str | Path, model: nn.Module, example: Any, path: str | Path, *, ignore_structure: bool = False
 ) -> Export:
     """Write the network as a program that `torch.export.load` reads where neither its class nor featherweight is.
 
     Args:
-        into: a network of the class that was compressed, on the CPU. It is changed and of no use afterwards.
-        output: the file to write, usually `*.pt2`.
+        small: a file, or what is in one.
+        model: a network of the class that was compressed; it is not changed.
         example: a batch, or anything that `compress` takes for data, of which two samples of the first batch are taken:
             the program is for inputs like these, with any number of samples where the network allows that.
+        path: the file to write, usually `*.pt2`.
 
     Raises:
         FormatError: the file is damaged, or the program gives other outputs in a fresh process; then there is no file.
         UsageError: the network does not fit the file or the example, cannot be traced, or the output cannot be written.
     """
-    check_output(Path(output), Path(path))
-    artifact = read(Path(path))
-    return program(artifact, fill(into, artifact, ignore_structure=ignore_structure), Path(output), example)
-
-
-def program(artifact: Artifact, network: nn.Module, output: Path, example: Any) -> Export:
-    """Like `export_program`, of a network that `artifact` has filled."""
+    output = Path(path)
+    check_output(output, None if isinstance(small, Artifact) else Path(small))
+    artifact, network = filled(small, model, ignore_structure)
     batch = (example if isinstance(example, Batch) else batches(example)[0]).to(device_of(network))
     inputs = [_first(batch, count) for count in (2, 3, 1)]
     with torch.no_grad():
@@ -67,7 +65,7 @@ def program(artifact: Artifact, network: nn.Module, output: Path, example: Any) 
         worst = max(_difference(a, b, output) for a, b in zip(found, expected, strict=False))
     said = "any number of samples" if whole else f"{inputs[0].size} samples at a time, as this network wants it"
     checked = f"outputs in a fresh process, which agree to {worst:.1e} of the largest; takes {said}"
-    return Export(output, output.stat().st_size, tuple(rows), checked)
+    return Export(output.stat().st_size, tuple(rows), checked)
 
 
 def traced(artifact: Artifact, network: nn.Module, batch: Batch) -> tuple[list[ExportedWeight], ExportedProgram]:

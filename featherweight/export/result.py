@@ -1,7 +1,6 @@
 """What an export made."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 
@@ -23,7 +22,6 @@ class Export:
     """What was written and read back. bytes: of the file, or of all files of the folder. checked: what was compared
     with the network of the `.fw` file. notes: what the other format cannot say."""
 
-    path: Path
     bytes: int
     weights: tuple[ExportedWeight, ...]
     checked: str
