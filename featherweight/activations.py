@@ -100,7 +100,7 @@ class _Inputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FUNCTIONS:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            name = self._names.get(getattr(weight, DECODED_BY, id(weight)))
+            name = self._names.get(getattr(weight, DECODED_AS, id(weight)))
             if name is not None and args:
                 args = (self._change(name, args[0]), *args[1:])
             elif name is not None:
@@ -108,17 +108,18 @@ class _Inputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-DECODED_BY = "_featherweight_decoded_by"  # of a tensor: the identity of the module that has just decoded it
+DECODED_AS = "_featherweight_decoded_as"  # of a decoded tensor, and of the module that decodes it: its name
 
 
-def _weight(model: nn.Module, name: str) -> int:
-    """The identity of a weight, or of the module that decodes it. Looked up at every call: a network may be given other
-    tensors for a while (`torch.func.functional_call`)."""
+def _weight(model: nn.Module, name: str) -> int | str:
+    """The identity of a weight, or its name where a module decodes it. Looked up at every call: a network may be given
+    other tensors for a while (`torch.func.functional_call`)."""
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
         tried = module._parameters.get(leaf), module._buffers.get(leaf), module._modules.get(f"packed_{leaf}")
-        return next(id(t) for t in tried if t is not None)
+        found = next(t for t in tried if t is not None)
+        return getattr(found, DECODED_AS, id(found))
     except (AttributeError, StopIteration):
         raise UsageError(f"the inputs of '{name}' are to be rounded, but the network has no such tensor") from None
 

@@ -38,8 +38,8 @@ def export_command(
     output: Annotated[
         Path,
         typer.Argument(
-            help="what to write: .onnx; .pt2, a torch.export program; .safetensors, the decoded tensors; a name without an "
-            "ending, a folder for compressed-tensors"
+            help="what to write: .onnx; .pt2, a torch.export program; .safetensors, decoded tensors; with no ending, "
+            "a folder for compressed-tensors"
         ),
     ],
     model: Annotated[str, typer.Option("--model", help="file.py:function that makes the network")],
@@ -58,7 +58,7 @@ def export_command(
     plain = {".safetensors": export_checkpoint, FOLDER: export_compressed_tensors}
     if output.suffix not in traced | plain:
         raise UsageError(
-            "the name of the output must end in .onnx, .pt2 or .safetensors, or be that of a folder, without an ending; "
+            "the name of the output must end in .onnx, .pt2 or .safetensors, or have no ending, for a folder; "
             f"got {output.name}"
         )
     artifact = read(file)
