@@ -10,6 +10,7 @@ embeddings, recurrent and attention layers compute inside stay in float.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -92,13 +93,14 @@ class _Inputs(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, names: Iterable[str], change: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__()
-        self._names = {id(_weight(model, name)): name for name in names}
+        self._names = {_weight(model, name): name for name in names}
         self._change = change
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FUNCTIONS:
-            name = self._names.get(id(args[1] if len(args) > 1 else kwargs.get("weight")))
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            name = self._names.get(getattr(weight, DECODED_AS, id(weight)))
             if name is not None and args:
                 args = (self._change(name, args[0]), *args[1:])
             elif name is not None:
@@ -106,12 +108,18 @@ class _Inputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """Looked up at every call: a network may be given other tensors for a while (`torch.func.functional_call`)."""
+DECODED_AS = "_featherweight_decoded_as"  # of a decoded tensor, and of the module that decodes it: its name
+
+
+def _weight(model: nn.Module, name: str) -> int | str:
+    """The identity of a weight, or its name where a module decodes it. Looked up at every call: a network may be given
+    other tensors for a while (`torch.func.functional_call`)."""
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
-        return next(t for t in (module._parameters.get(leaf), module._buffers.get(leaf)) if t is not None)
+        tried = module._parameters.get(leaf), module._buffers.get(leaf), module._modules.get(f"packed_{leaf}")
+        found = next(t for t in tried if t is not None)
+        return getattr(found, DECODED_AS, id(found))
     except (AttributeError, StopIteration):
         raise UsageError(f"the inputs of '{name}' are to be rounded, but the network has no such tensor") from None
 
@@ -125,6 +133,11 @@ class _Forward:
     model: nn.Module
     inner: Callable[..., Any] | None
     grids: dict[str, ActivationGrid]
+
+    @property
+    def __code__(self) -> Any:
+        """That of the forward that is wrapped: `torch.export` reads argument names from it."""
+        return inspect.unwrap(self.inner or type(self.model).forward).__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.inner or type(self.model).forward.__get__(self.model)

@@ -103,6 +103,13 @@ TrainSpec = Annotated[str | None, typer.Option("--train", help="data to train on
 DatabaseFolder = Annotated[
     Path | None, typer.Option("--database", help="folder that keeps solved weights, so that no run solves one twice")
 ]
+IgnoreStructure = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-structure",
+        help="also where strides, paddings, activations or such differ from the compressed network's",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="results as JSON on standard output")]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, fill
 from featherweight.artifact.schema import is_foldable
+from featherweight.artifact.structure import FIELD as STRUCTURE
+from featherweight.artifact.structure import structure_of
 from featherweight.artifact.write import to_bytes
 from featherweight.errors import UsageError
 from featherweight.layers import Scan
@@ -141,7 +143,7 @@ def _folded(module: Any) -> tuple[Tensor, Tensor]:
 def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method], wanted: dict[str, int]) -> int:
     """About the size of the whole file before anything is solved: codes of grids as they are without coding, mostly a
     tenth more than with it."""
-    artifact, _ = packed(net, replace(found, units=()), {}, {}, {}, {})
+    artifact, _ = packed(net, replace(found, units=()), {}, {}, {STRUCTURE: structure_of(net)}, {})
     names = {n for u in found.units for n in u.names}
     rest = {n: t for n, t in artifact.rest.items() if n not in names}
     other = len(to_bytes(replace(artifact, rest=rest)))

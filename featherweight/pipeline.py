@@ -17,6 +17,8 @@ from featherweight.allocate import SECONDS, Setting, Stage, allocate
 from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
+from featherweight.artifact.structure import FIELD as STRUCTURE
+from featherweight.artifact.structure import structure_of
 from featherweight.artifact.write import to_bytes
 from featherweight.candidates import tried
 from featherweight.data import Batch, split
@@ -164,6 +166,7 @@ def compress(
     net.load_state_dict(original, strict=False)
     before, dense = measured(evaluate, copy.deepcopy(net)), net
     about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
+    about |= {STRUCTURE: structure_of(net)}
     trained, stage, pulled = None, None, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         if goal is None:
@@ -282,6 +285,7 @@ def plan(
         capturing = each * sum(b.size for b in samples)
         if goal is not None:
             about = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
+            about |= {STRUCTURE: structure_of(net)}
             grids, _ = calibrate(net, samples, found.units, wanted)
             setting = _setting(net, found, recipe, samples, stats, grids, base, about, Path(folder), store, basis)
             stage = allocate(setting, goal, progress, measuring=False)

@@ -3,26 +3,36 @@
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
 from rich.markup import escape
+from rich.text import Text
 from torch import nn
 
 from featherweight import options as opt
 from featherweight.artifact import Artifact, read
+from featherweight.artifact.structure import FIELD
 from featherweight.commands.app import app
 from featherweight.console import bars, out, print_json
 from featherweight.data import Batch, batches
 from featherweight.errors import UsageError
+from featherweight.export.checkpoint import export_checkpoint
+from featherweight.export.onnx import export_onnx
+from featherweight.export.packed import check_folder, export_compressed_tensors
+from featherweight.export.program import export_program
+from featherweight.export.result import Export
+from featherweight.export.said import lines_of
 from featherweight.proof import check_output
 from featherweight.solve import Progress
 from featherweight.synthesis import shape_of
 from featherweight.userland import call, make_model
 
 SAMPLES = 8  # of the data: what is written is compared on these
+FOLDER = ""  # the suffix of a folder's name
 
 Example: TypeAlias = Callable[[], Batch]
 Writer: TypeAlias = Callable[[Artifact, nn.Module, Example, Path, Progress], tuple[dict[str, Any], list[Any]]]
@@ -32,32 +42,62 @@ Writer: TypeAlias = Callable[[Artifact, nn.Module, Example, Path, Progress], tup
 def _onnx(
     artifact: Artifact, model: nn.Module, example: Example, output: Path, progress: Progress
 ) -> tuple[dict[str, Any], list[Any]]:
-    from featherweight.export.onnx import export_onnx
-    from featherweight.export.said import lines_of
-
     found = export_onnx(artifact, model, example(), output, progress)
     return found.facts(), lines_of(found)
 
 
-WRITERS: dict[str, Writer] = {".onnx": _onnx}  # by suffix
+def _program(
+    artifact: Artifact, model: nn.Module, example: Example, output: Path, progress: Progress
+) -> tuple[dict[str, Any], list[Any]]:
+    return _said(export_program(artifact, model, example(), output))
+
+
+def _checkpoint(
+    artifact: Artifact, model: nn.Module, _example: Example, output: Path, progress: Progress
+) -> tuple[dict[str, Any], list[Any]]:
+    return _said(export_checkpoint(artifact, model, output))
+
+
+def _folder(
+    artifact: Artifact, model: nn.Module, _example: Example, output: Path, progress: Progress
+) -> tuple[dict[str, Any], list[Any]]:
+    return _said(export_compressed_tensors(artifact, model, output))
+
+
+WRITERS: dict[str, Writer] = {".onnx": _onnx, ".pt2": _program, ".safetensors": _checkpoint, FOLDER: _folder}
+RUN = (".onnx", ".pt2")  # those that need an example
 
 
 @app.command("export")
 def export_command(
     file: Annotated[Path, typer.Argument(help="a .fw file")],
-    output: Annotated[Path, typer.Argument(help=f"what to write, by its suffix: {', '.join(WRITERS)}")],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            help="what to write: .onnx; .pt2, a torch.export program; .safetensors, decoded tensors; with no ending, "
+            "a folder for compressed-tensors"
+        ),
+    ],
     model: Annotated[str, typer.Option("--model", help="file.py:function that makes the network")],
     weights: opt.Weights = None,
     data: opt.DataSpec = None,
     input_shape: opt.InputShape = None,
+    ignore_structure: opt.IgnoreStructure = False,
     as_json: opt.Json = False,
 ) -> None:
     """Write a network for other programs, and compare what they compute. ONNX: weights keep their stored form."""
     write = WRITERS.get(output.suffix)
     if write is None:
-        raise UsageError(f"{output} must end in {' or '.join(WRITERS)}")
-    check_output(output, file)
-    check_output(output, weights)
+        raise UsageError(f"{output} must end in .onnx, .pt2 or .safetensors, or have no ending, for a folder")
+    if output.suffix == FOLDER:
+        check_folder(output)
+    else:
+        check_output(output, file)
+        check_output(output, weights)
+    if output.suffix not in RUN and (data is not None or input_shape is not None):
+        raise UsageError(f"{output} is made of tensors alone; leave out --data and --input-shape")
+    if data is not None and input_shape is not None:
+        raise UsageError("give --data or --input-shape, not both")
     shape = None if input_shape is None else shape_of(input_shape)
 
     def example() -> Batch:
@@ -70,12 +110,24 @@ def export_command(
         return Batch((torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),), {})
 
     artifact = read(file)
+    if ignore_structure:
+        artifact = replace(artifact, about={k: v for k, v in artifact.about.items() if k != FIELD})
     with bars() as progress, redirect_stdout(sys.stderr):
         facts, lines = write(artifact, make_model(model, weights), example, output, progress)
-    size, before = output.stat().st_size, file.stat().st_size
+    size = facts["bytes"]
+    before = file.stat().st_size
     if as_json:
         print_json({"file": str(output), "bytes": size, "source": str(file), "source_bytes": before} | facts)
         return
     out.print(f"{escape(str(output))}: {size:,} bytes, {size / before:.2f} times {escape(str(file))} ({before:,})")
     for line in lines:
         out.print(line)
+
+
+def _said(done: Export) -> tuple[dict[str, Any], list[Any]]:
+    """How many weights have which form, those that have no smaller one, and what the format cannot say."""
+    forms = [w.form for w in done.weights]
+    lines = [Text("; ".join(f"{forms.count(form)} weights {form}" for form in sorted(set(forms))))]
+    lines += [Text(f"{w.name} is {w.form}: {w.note}", style="yellow") for w in done.weights if w.note]
+    lines += [Text(note, style="yellow") for note in done.notes]
+    return asdict(done), [*lines, Text(done.checked, style="green")]

@@ -26,11 +26,12 @@ def evaluate_command(
     data: Annotated[str, typer.Option("--data", help="test data: a callable, named like --model")],
     metric: opt.MetricSpec = None,
     batch_size: opt.BatchSize = 128,
+    ignore_structure: opt.IgnoreStructure = False,
     as_json: opt.Json = False,
 ) -> None:
     """Read a file into a network and measure it."""
     artifact = read(file)
-    network = fill(make_model(model), artifact)
+    network = fill(make_model(model), artifact, ignore_structure=ignore_structure)
     measured = meter(data, metric, batch_size)(network)
     result = {"file": str(file), "bytes": file.stat().st_size, "digest": artifact.digest()}
     if as_json:

@@ -40,9 +40,9 @@ def test_a_model_is_written_and_compared(small, tmp_path, capsys, example):
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("small.tflite", ("--input-shape", "1,8,8"), "the name of the output must end in .onnx"),
-        ("small.onnx", (), "give the network an example: --data, or --input-shape"),
-        ("small.onnx", ("--input-shape", "1,8,8", "--data", "x:y"), "give the network an example"),
+        ("small.tflite", ("--input-shape", "1,8,8"), "must end in .onnx, .pt2 or .safetensors"),
+        ("small.onnx", (), "give --data"),
+        ("small.onnx", ("--input-shape", "1,8,8", "--data", "x:y"), "not both"),
         ("small.onnx", ("--input-shape", "3,5"), "does not accept the data"),
         ("nowhere/small.onnx", ("--input-shape", "1,8,8"), "does not exist"),
     ],
