@@ -19,8 +19,9 @@ from featherweight.artifact import Artifact
 from featherweight.errors import UsageError
 from featherweight.export.codes import Codes, codes_of
 from featherweight.export.ranges import Fitted, fitted
-from featherweight.export.structure import WEIGHTED, Structure, computable, structure, tidied
+from featherweight.export.structure import WEIGHTED, Structure, attribute, computable, structure, tidied
 
+FEWEST = 4  # channels that onnxruntime's direct convolutions need: those of an image become four, which is faster
 LARGEST = 2.0**30  # of a bias in steps: int32 leaves as much again for the sum
 
 
@@ -84,15 +85,18 @@ class _Writer:
                 self._plain(node)
         for name in graph.outputs:
             if name in graph.rounded:
-                self.nodes.append(self._dequantize(name, name))
+                self.nodes.append(
+                    helper.make_node("DequantizeLinear", [f"{name}_codes", *self._grid(self.graph.rounded[name])], [name])
+                )
         return self._whole()
 
     # ------------------------------------------------------------ nodes
     def _computed(self, node: NodeProto) -> None:
         weighted = node.op_type in WEIGHTED
-        inputs = [self._read(n) for n in (node.input[:1] if weighted else node.input)]
+        more, rank = self._missing(node), self.graph.constants[node.input[1]].ndim if weighted else 0
+        inputs = [self._read(n, more, rank) for n in (node.input[:1] if weighted else node.input)]
         if weighted:
-            inputs += self._weight(node)
+            inputs += self._weight(node, more)
         after = self.graph.result(node)
         made = NodeProto.FromString(node.SerializeToString())
         made.input[:] = inputs
@@ -126,26 +130,36 @@ class _Writer:
     def _round(self, source: str, name: str) -> None:
         self.nodes.append(helper.make_node("QuantizeLinear", [source, *self._grid(name)], [f"{name}_codes"]))
 
-    def _read(self, name: str) -> str:
-        """The float that a node reads: of a rounded tensor a DequantizeLinear of its own, as fusing needs it."""
+    def _missing(self, node: NodeProto) -> int:
+        """Channels of zeros that a convolution of few channels gets, so that runtimes take their fast kernel for it."""
+        if node.op_type != "Conv" or attribute(node, "group", 1) != 1:
+            return 0
+        channels = self.codes[node.input[1]].codes.shape[1]
+        return FEWEST - channels if channels < FEWEST else 0
+
+    def _read(self, name: str, more: int = 0, rank: int = 4) -> str:
+        """The float that a node reads: of a rounded tensor a DequantizeLinear of its own, as fusing needs it. more:
+        channels of zeros that it shall have beside its own."""
         if name not in self.graph.rounded:
             return name
         self.reads += 1
-        self.nodes.append(self._dequantize(name, f"{name}_read{self.reads}"))
+        codes, grid = f"{name}_codes", self._grid(self.graph.rounded[name])
+        if more:
+            self._put(f"{name}_more{self.reads}", np.array([0] * (rank + 1) + [more] + [0] * (rank - 2)))
+            codes = f"{name}_wider{self.reads}"
+            self.nodes.append(helper.make_node("Pad", [f"{name}_codes", f"{name}_more{self.reads}", grid[1]], [codes]))
+        self.nodes.append(helper.make_node("DequantizeLinear", [codes, *grid], [f"{name}_read{self.reads}"]))
         return self.nodes[-1].output[0]
 
-    def _dequantize(self, name: str, output: str) -> NodeProto:
-        grid = self._grid(self.graph.rounded[name])
-        return helper.make_node("DequantizeLinear", [f"{name}_codes", *grid], [output])
-
-    def _weight(self, node: NodeProto) -> list[str]:
+    def _weight(self, node: NodeProto, more: int) -> list[str]:
         name, codes = node.input[1], self.codes[node.input[1]]
         step = self.found.grids[self.graph.rounded[node.input[0]]].scale
         bias, scale = self.found.biases.get(node.output[0]), codes.scale
         if bias is not None:
             empty = ~codes.codes.any(axis=tuple(a for a in range(codes.codes.ndim) if a != codes.axis))
             scale = np.where(empty, np.maximum(scale, np.abs(bias) / (step * LARGEST)), scale).astype(np.float32)
-        self._put(f"{name}_codes", codes.codes)
+        wider = [(0, more if axis == 1 else 0) for axis in range(codes.codes.ndim)]
+        self._put(f"{name}_codes", np.pad(codes.codes, wider))
         self._put(f"{name}_scale", scale)
         self._put(f"{name}_zero", np.zeros(len(scale), np.int8))
         self.reads += 1
