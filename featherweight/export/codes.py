@@ -20,8 +20,8 @@ NEAR = 1e-4  # of a row's largest weight: how far a folded row may be from the f
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Codes:
-    """codes: int8, in the shape of the weight. scale: (outputs,) float32, positive. axis: of the outputs. exact: whether
-    every code is the file's."""
+    """codes: int8, in the shape of the weight. scale: (outputs,) float32, positive. axis: of the outputs. exact:
+    whether every code is the file's."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -48,8 +48,8 @@ def codes_of(node: NodeProto, weight: np.ndarray, units: Mapping[str, StoredUnit
 
 
 def _of_the_file(matrix: np.ndarray, unit: StoredUnit) -> tuple[np.ndarray, np.ndarray] | None:
-    """The file's codes and its scales times what BatchNorm multiplies a row by; None where the file has no grid with one
-    scale a row, codes beyond int8, or rows that are no multiples of the graph's."""
+    """The file's codes and its scales times what BatchNorm multiplies a row by; None where the file has no grid with
+    one scale a row, codes beyond int8, or rows that are no multiples of the graph's."""
     grid = unit.weight
     if not isinstance(grid, Grid) or grid.scale.shape[1] != 1:
         return None

@@ -16,6 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_help
 
 from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact
+from featherweight.artifact.schema import StoredUnit
 from featherweight.errors import UsageError
 from featherweight.export.codes import Codes, codes_of
 from featherweight.export.ranges import Fitted, fitted
@@ -35,8 +36,8 @@ def int8_graph(
 
     Args:
         float_model: opset 13 or later, weights as float32 initializers under the names of the parameters.
-        artifact: of the file that the model comes from: its codes and its grids for inputs are kept. None: all are found
-            here.
+        artifact: of the file that the model comes from: its codes and its grids for inputs are kept. None: all are
+            found here.
         samples: batches of calibration inputs, by name of the model's input; they set the grids that the file lacks
             and what biases take up. All layers of all samples are in memory for a while.
 
@@ -46,11 +47,9 @@ def int8_graph(
     if not samples:
         raise UsageError("int8 needs calibration samples: give --data")
     graph = structure(tidied(float_model))
-    units = {} if artifact is None else {name: u for u in artifact.units for name in u.names}
-    weighted = [n for n in graph.nodes if n.op_type in WEIGHTED and computable(n, graph.constants)]
+    weighted, codes, units = _codes(graph, artifact)
     if not weighted:
         raise UsageError("the network has no convolution or linear layer that could be int8")
-    codes = {n.input[1]: codes_of(n, graph.constants[n.input[1]], units) for n in weighted}
     known: dict[str, ActivationGrid] = {}
     for node in weighted:
         unit = units.get(node.input[1])
@@ -58,6 +57,20 @@ def int8_graph(
             known.setdefault(graph.rounded[node.input[0]], unit.input)
     found = fitted(graph, codes, known, samples, progress)
     return _Writer(graph, codes, found).model()
+
+
+def weights_of(float_model: ModelProto, artifact: Artifact | None) -> dict[str, Codes]:
+    """The weights that `int8_graph` writes as int8, by name."""
+    return _codes(structure(tidied(float_model)), artifact)[1]
+
+
+def _codes(
+    graph: Structure, artifact: Artifact | None
+) -> tuple[list[NodeProto], dict[str, Codes], dict[str, StoredUnit]]:
+    """The nodes with weights in int8, these weights, and the file's units; both by name."""
+    units = {} if artifact is None else {name: u for u in artifact.units for name in u.names}
+    weighted = [n for n in graph.nodes if n.op_type in WEIGHTED and computable(n, graph.constants)]
+    return weighted, {n.input[1]: codes_of(n, graph.constants[n.input[1]], units) for n in weighted}, units
 
 
 class _Writer:
@@ -86,7 +99,9 @@ class _Writer:
         for name in graph.outputs:
             if name in graph.rounded:
                 self.nodes.append(
-                    helper.make_node("DequantizeLinear", [f"{name}_codes", *self._grid(self.graph.rounded[name])], [name])
+                    helper.make_node(
+                        "DequantizeLinear", [f"{name}_codes", *self._grid(self.graph.rounded[name])], [name]
+                    )
                 )
         return self._whole()
 

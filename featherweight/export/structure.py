@@ -19,8 +19,8 @@ CUT_OFF = ("Relu", "Clip")
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:
-    """nodes: in an order in which they can run. constants: values of initializers, by name. rounded: tensors that lie on
-    a grid, each with the name of the tensor whose grid it is (itself, unless its values only moved). cut: outputs of
+    """nodes: in an order in which they can run. constants: values of initializers, by name. rounded: tensors that lie
+    on a grid, each with the name of the tensor whose grid it is (itself, unless its values only moved). cut: outputs of
     Relu and Clip -> the tensor before, where the end of a grid does what they do. model: where all this comes from."""
 
     model: ModelProto
@@ -77,8 +77,8 @@ def tidied(model: ModelProto) -> ModelProto:
 
 
 def structure(model: ModelProto) -> Structure:
-    """Decides which tensors of a tidied graph are to lie on grids: all that computations in whole numbers read and make,
-    but for the last layer's output."""
+    """Decides which tensors of a tidied graph are to lie on grids: all that computations in whole numbers read and
+    make, but for the last layer's output."""
     graph = model.graph
     constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     nodes = tuple(graph.node)
