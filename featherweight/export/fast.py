@@ -32,8 +32,8 @@ FAR = 0.25  # of the outputs' root mean square: a difference that is more than r
 @dataclass(frozen=True, slots=True)
 class Fast:
     """What was written. bytes: of the ONNX file. operators: how many of each. exact: weights whose codes are the
-    file's; weights: all that are int8. difference: of outputs in onnxruntime and in torch, root mean square, relative to
-    torch's. same: share of the samples whose largest output is the same one."""
+    file's; weights: all that are int8. difference: of outputs in onnxruntime and in torch, root mean square, relative
+    to torch's. same: share of the samples whose largest output is the same one."""
 
     path: str
     bytes: int
