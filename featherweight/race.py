@@ -152,7 +152,7 @@ def _verdict(times: Sequence[Time], size: int, smaller: float) -> str:
         return f"{at} the dense network and the file's take the same time: nothing in the file runs otherwise"
     best = max(ours, key=lambda t: t.faster)
     spread = f"{best.faster:.2f} times ({best.faster_lowest:.2f} to {best.faster_highest:.2f}) the dense one's speed"
-    if best.faster >= FASTER and best.faster_lowest > 1:
+    if best.faster >= FASTER:
         return f"{at} the file's network has {spread} in {best.runtime}"
     return f"{at} the file is {smaller:.1f} times smaller, but its network is not faster: {spread} in {best.runtime}"
 

@@ -3,7 +3,7 @@
 Every tensor that a convolution, matrix product, sum, product or average reads or makes lies on a grid of uint8; weights
 are int8 with a scale for every output, biases int32. This is written in the form that runtimes look for, QuantizeLinear
 and DequantizeLinear around every computation, of which onnxruntime makes QLinearConv and the like. uint8 and int8 are
-what the instructions of x86 multiply (VNNI); in onnxruntime int8 activations are slower than float32.
+what the instructions of x86 multiply (VNNI, AMX); for int8 activations onnxruntime has no such kernels there.
 
 Relu, and Clip from zero, are no nodes any more: a grid that begins at zero cuts off below, one that ends where the
 values do above. What only moves values (reshape, slice, pad, maximum) works on the codes. Needs onnx and onnxruntime.

@@ -109,8 +109,8 @@ def _bias(graph: Structure, node: NodeProto) -> np.ndarray | None:
 def _mean(values: Sequence[np.ndarray], node: NodeProto) -> np.ndarray:
     """(channels,) float64 of all samples."""
     axes = tuple(a for a in range(values[0].ndim) if a != (1 if node.op_type == "Conv" else values[0].ndim - 1))
-    total = sum(x.sum(axis=axes, dtype=np.float64) for x in values)
-    return total / sum(x.size / len(total) for x in values)
+    total = np.sum([x.sum(axis=axes, dtype=np.float64) for x in values], axis=0)
+    return total / (sum(x.size for x in values) / len(total))
 
 
 def _across(shift: np.ndarray, node: NodeProto, rank: int) -> np.ndarray:
@@ -138,7 +138,7 @@ def _run(
     model = helper.make_model(one, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
     session = session_of(model.SerializeToString())
     found = [session.run(None, {n: stream[n][i] for n in fed}) for i in range(len(next(iter(stream.values()))))]
-    return {name: [batch[k] for batch in found] for k, name in enumerate(node.output)}
+    return {name: [np.asarray(batch[k]) for batch in found] for k, name in enumerate(node.output)}
 
 
 def _type(values: np.ndarray) -> int:

@@ -67,9 +67,9 @@ def tidied(model: ModelProto) -> ModelProto:
             same[node.output[0]] = node.input[0]
             graph.node.remove(node)
     ranks = _ranks(model)
-    for i, node in enumerate(graph.node):
-        if node.op_type == "ReduceMean" and ranks.get(node.input[0]) == 4 and _over_positions(node, constants):
-            graph.node[i].CopyFrom(helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name))
+    for node in [n for n in graph.node if n.op_type == "ReduceMean" and ranks.get(n.input[0]) == 4]:
+        if _over_positions(node, constants):
+            _as_pool(graph, node)
     used = {n for node in graph.node for n in node.input}
     del graph.initializer[:]
     graph.initializer.extend(t for t in constants.values() if t.name in used)
@@ -169,7 +169,19 @@ def _over_positions(node: NodeProto, constants: Mapping[str, TensorProto]) -> bo
     axes = attribute(node, "axes")
     if axes is None and len(node.input) > 1 and node.input[1] in constants:
         axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
-    return axes is not None and sorted(a % 4 for a in axes) == [2, 3] and attribute(node, "keepdims", 1) == 1
+    return axes is not None and sorted(a % 4 for a in axes) == [2, 3]
+
+
+def _as_pool(graph: Any, mean: NodeProto) -> None:
+    """In the place of a mean over positions an average pool, whose dimensions of 1 are dropped where the mean's were."""
+    source, result = mean.input[0], mean.output[0]
+    place = list(graph.node).index(mean)
+    graph.node.remove(mean)
+    if attribute(mean, "keepdims", 1):
+        graph.node.insert(place, helper.make_node("GlobalAveragePool", [source], [result]))
+        return
+    graph.node.insert(place, helper.make_node("GlobalAveragePool", [source], [f"{result}_pooled"]))
+    graph.node.insert(place + 1, helper.make_node("Flatten", [f"{result}_pooled"], [result], axis=1))
 
 
 def _ranks(model: ModelProto) -> dict[str, int]:
