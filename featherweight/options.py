@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from featherweight.errors import UsageError
+from featherweight.export.fast import SPEED
 from featherweight.finetune import Finetune
 from featherweight.pull import AdmmTraining
 from featherweight.pull.settings import RHO
@@ -50,6 +51,10 @@ Symmetric = Annotated[
     typer.Option("--symmetric/--asymmetric", help="without or with zero points (default: with, below 8 bits)"),
 ]
 Activations = Annotated[int | None, typer.Option(help="round the inputs of compressed weights, too: 2 to 8 bits")]
+Purpose = Annotated[
+    str | None,
+    typer.Option("--for", help="speed: int8 weights and inputs, for `export` to an int8 ONNX graph; needs --data"),
+]
 Target = Annotated[str | None, typer.Option(help="size of the file: 100kB, 10x smaller than fp32, or 12%")]
 TargetMacs = Annotated[str | None, typer.Option(help="multiplications of a sample: 0.5x of the dense ones, 50% or 20M")]
 TargetParams = Annotated[
@@ -119,6 +124,22 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     if "bits" in found and float(found["bits"]).is_integer():
         found["bits"] = int(found["bits"])
     return found
+
+
+def for_speed(purpose: str | None, settings: Mapping[str, Any], data: str | None, chosen: bool) -> dict[str, Any]:
+    """The settings, and what `--for speed` adds to them: GPTQ on symmetric grids of 8 bits where nothing is said.
+    chosen: whether a recipe or a target chooses the methods.
+
+    Raises:
+        UsageError: another purpose, or no data.
+    """
+    if purpose is None:
+        return dict(settings)
+    if purpose != SPEED:
+        raise UsageError(f"--for must be {SPEED}, got {purpose!r}; for small files give --target or a method")
+    if data is None:
+        raise UsageError("--for speed finds the ranges of activations on calibration data: give --data")
+    return dict(settings) if settings or chosen else {"method": "gptq", "bits": 8}
 
 
 def check_metric(metric: str | None, test: str | None) -> None:

@@ -17,6 +17,7 @@ from featherweight.commands.packing import pack_checkpoint
 from featherweight.console import bars, out, plain_warnings, print_json
 from featherweight.database import Database
 from featherweight.errors import UsageError
+from featherweight.export.fast import MADE_FOR
 from featherweight.picture import check_front, check_residuals, save_front, save_residuals
 from featherweight.pipeline import Plan, compress, plan, settle
 from featherweight.proof import check_output, meter, save_proved
@@ -32,6 +33,8 @@ from featherweight.report import (
 from featherweight.synthesis import shape_of
 from featherweight.target import Goal
 from featherweight.userland import call, make_model
+
+ACTIVATIONS = 8  # bits of inputs, of a file that is made for speed
 
 
 @app.command("compress")
@@ -56,6 +59,7 @@ def compress_command(
     error: opt.Error = None,
     block: opt.Block = None,
     activations: opt.Activations = None,
+    purpose: opt.Purpose = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
     target_bops: opt.TargetBops = None,
@@ -99,9 +103,12 @@ def compress_command(
     check_output(output, weights)
     if database is not None:
         Database.at(database)
-    settings = opt.settings_of(locals())
     targets = target, target_macs, target_bops, target_latency, target_params
     goal = _goal(targets, among, score, tie, measurements, front)
+    chosen_elsewhere = goal is not None or recipe is not None
+    settings = opt.for_speed(purpose, opt.settings_of(locals()), data, chosen_elsewhere)
+    if purpose is not None and activations is None and recipe is None and finetune_epochs == 0:
+        activations = ACTIVATIONS
     if front is not None:
         check_front(front, output)
     if residuals is not None:
@@ -109,6 +116,7 @@ def compress_command(
     chosen = _recipe(settings, goal, recipe, include, exclude, no_repair, activations, sequential)
     shape = None if input_shape is None else shape_of(input_shape)
     about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
+    about |= {} if purpose is None else {MADE_FOR: purpose}
     # whatever the user's code prints is not our output
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)

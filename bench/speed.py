@@ -1,0 +1,254 @@
+"""Networks in int8 in onnxruntime, beside their own float32, onnxruntime's quantizer and NNCF's.
+
+    python -m bench.speed files FOLDER [--only NETWORK] [--zoo ../shared/zoo.py] [--nncf PYTHON]
+    python -m bench.speed times FOLDER [--only NETWORK]
+
+`files` makes everything and measures accuracy: a .fw file by `featherweight compress --for speed`, its int8 graph by
+`featherweight export`, the dense network as ONNX, what quantize_static makes of that after its pre-processing with each
+of its three ways to set ranges (QDQ, a scale for every channel, uint8 and int8), and what nncf.quantize makes of it.
+NNCF runs in an interpreter of its own that has nncf, onnx and onnxruntime. `times` runs them in turns on two threads,
+for one image and for 32, and writes bench/results/speed.json and speed.md; nothing else should run meanwhile.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from featherweight.data import Batch
+from featherweight.export.graph import doubled, graph_of, quiet
+from featherweight.export.parity import in_onnxruntime
+from featherweight.race import in_turns
+
+RESULTS = Path(__file__).parent / "results"
+THREADS = 2
+CALIBRATION = 256  # samples, for all
+NETWORKS: dict[str, dict[str, Any]] = {  # what is asked: times faster than fp32 at a batch size, least top-1
+    "efficientnet_lite0": {
+        "data": "imagenet_calibration",
+        "test": "imagenet_val",
+        "settings": "--batch-size 32",
+        "faster": {1: 2.1},
+        "top1": 66.9,
+    },
+    "resnet20_cifar10": {
+        "data": "cifar10_calibration",
+        "test": "cifar10_test",
+        "settings": "",
+        "faster": {1: 1.0, 32: 1.0},
+        "top1": 91.6,
+    },
+    "resnet20_cifar100": {
+        "data": "cifar100_calibration",
+        "test": "cifar100_test",
+        "settings": "",
+        "faster": {32: 2.2},
+        "top1": 68.69,
+    },
+}
+WAYS = ("MinMax", "Entropy", "Percentile")
+DENSE, OURS = "float32", "featherweight"
+NNCF = """
+import sys, numpy as np, onnx, nncf
+dense, data, out = sys.argv[1:]
+model, images = onnx.load(dense), np.load(data)
+name = model.graph.input[0].name
+feeds = nncf.Dataset([images[i : i + 1] for i in range(len(images))], lambda x: {name: x})
+made = nncf.quantize(model, feeds, subset_size=len(images), fast_bias_correction=False)
+onnx.save(made, out)
+"""
+
+
+def command(*parts: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", "featherweight", *parts, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"featherweight {' '.join(parts)}\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def files(name: str, folder: Path, zoo: Path, nncf: str | None) -> None:
+    """Make all files of a network, and keep what is measured of them in FOLDER/NETWORK.json."""
+    network, place = NETWORKS[name], folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    known = importlib.util.spec_from_file_location("zoo", zoo)
+    assert known is not None
+    assert known.loader is not None
+    shared = importlib.util.module_from_spec(known)
+    known.loader.exec_module(shared)
+    images = getattr(shared, network["data"])().tensors[0][:CALIBRATION]
+    inputs, labels = getattr(shared, network["test"])().tensors
+    spec, data, test = (f"{zoo}:{n}" for n in (name, network["data"], network["test"]))
+    small = place / "small.fw"
+    made = command(
+        *("compress", spec, "--for", "speed", "--data", data, "--test", test, "-o", str(small)),
+        *network["settings"].split(),
+    )
+    exported = command("export", str(small), str(place / f"{OURS}.onnx"), "--model", spec, "--data", data)
+    dense = place / f"{DENSE}.onnx"
+    with quiet():
+        dense.write_bytes(graph_of(getattr(shared, name)(), doubled(Batch((images[:2],), {}))).SerializeToString())
+    for way in WAYS:
+        quantize_static(dense, place / f"quantize_static {way}.onnx", images.numpy(), way)
+    if nncf is not None:
+        np.save(place / "images.npy", images.numpy())
+        out = str(place / "NNCF.onnx")
+        subprocess.run([nncf, "-c", NNCF, str(dense), str(place / "images.npy"), out], check=True, stdout=sys.stderr)
+    accuracy = {}
+    for file in sorted(place.glob("*.onnx")):
+        run = in_onnxruntime(file)
+        found = np.concatenate([run([x.numpy()])[0].argmax(1) for x in inputs.split(50)])
+        accuracy[file.stem] = 100 * float((found == labels.numpy()).mean())
+        print(f"{name} {file.stem}: {accuracy[file.stem]:.2f}", flush=True)
+    facts = {
+        "top1": accuracy,
+        "torch": {"before": made["before"]["top1"], "after": made["after"]["top1"]},
+        "bytes": {f.name: f.stat().st_size for f in (small, *sorted(place.glob("*.onnx")))},
+        "exported": exported,
+        "shape": list(inputs.shape[1:]),
+    }
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def quantize_static(dense: Path, path: Path, images: np.ndarray, way: str) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
+    from onnxruntime.quantization import quantize_static as quantize
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    name = onnx.load(str(dense)).graph.input[0].name
+    feeds = iter([{name: images[i : i + 32]} for i in range(0, len(images), 32)])
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> Any:
+            return next(feeds, None)
+
+    ready = path.with_suffix(".ready")
+    with quiet():
+        quant_pre_process(str(dense), str(ready))
+        quantize(
+            str(ready),
+            str(path),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod[way],
+        )
+    ready.unlink()
+
+
+def operators(path: Path, shape: list[int], folder: Path) -> dict[str, int]:
+    """What onnxruntime really runs, counted in its profile of one call."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.enable_profiling = THREADS, True
+    options.profile_file_prefix, options.log_severity_level = str(folder / "profile"), 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session.run(None, {session.get_inputs()[0].name: np.zeros((1, *shape), np.float32)})
+    profile = Path(session.end_profiling())
+    events = json.loads(profile.read_text())
+    profile.unlink()
+    kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    return dict(Counter(e["args"]["op_name"] for e in kernels).most_common())
+
+
+def times(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """One network's files in turns."""
+    facts = json.loads((folder / f"{name}.json").read_text())
+    paths = {f.stem: f for f in sorted((folder / name).glob("*.onnx"))}
+    quantizers = [n for n in paths if n.startswith("quantize_static")]
+    best = max(quantizers, key=lambda n: facts["top1"][n])  # they differ in ranges, not in what is computed
+    chosen = {DENSE: paths[DENSE], OURS: paths[OURS], best: paths[best]}
+    chosen |= {"NNCF": paths["NNCF"]} if "NNCF" in paths else {}
+    rows = []
+    for batch in (1, 32):
+        x = torch.randn(batch, *facts["shape"], generator=torch.Generator().manual_seed(0)).numpy()
+        runs = [lambda run=in_onnxruntime(path), x=x: run([x]) for path in chosen.values()]
+        found = dict(zip(chosen, in_turns(runs, rounds, seconds), strict=True))
+        for what, own in found.items():
+            ratios = sorted(a / b for a, b in zip(found[DENSE], own, strict=True))
+            against = sorted(a / b for a, b in zip(own, found[OURS], strict=True))
+            rows.append(
+                {"batch": batch, "what": what, "ms": statistics.median(own), "lowest": min(own), "highest": max(own)}
+                | {"faster": statistics.median(ratios), "faster_lowest": ratios[0], "faster_highest": ratios[-1]}
+                | {"ours_faster": statistics.median(against), "top1": facts["top1"][what]}
+            )
+            print(line(name, rows[-1]), flush=True)
+    ran = {what: operators(path, facts["shape"], folder) for what, path in chosen.items()}
+    return {"rows": rows, "operators": ran} | {k: facts[k] for k in ("top1", "torch", "bytes")}
+
+
+def line(name: str, r: dict[str, Any]) -> str:
+    spread = f"{r['faster']:.2f} ({r['faster_lowest']:.2f} to {r['faster_highest']:.2f})"
+    return (
+        f"| {name} | {r['batch']} | {r['what']} | {r['ms']:.3f} | {spread} | {r['ours_faster']:.2f} | {r['top1']:.2f} |"
+    )
+
+
+def table(results: dict[str, Any], facts: dict[str, Any]) -> str:
+    lines = ["| network | images | what | ms | times faster than float32 | time of ours | top-1 |"]
+    lines.append("|---|--:|---|--:|--:|--:|--:|")
+    lines += [line(name, r) for name, found in results.items() for r in found["rows"]]
+    lines.append("\ntimes faster: median over rounds of the ratio within one, and the lowest and highest of them.")
+    lines.append("time of ours: this one's time as a multiple of featherweight's, likewise.\n")
+    for name, found in results.items():
+        for batch, least in NETWORKS[name]["faster"].items():
+            own = {r["what"]: r for r in found["rows"] if r["batch"] == batch}
+            ours, others = own[OURS], [r for w, r in own.items() if w not in (DENSE, OURS)]
+            met = "met" if ours["faster"] >= least else "NOT met"
+            lines.append(f"- {name}, {batch}: {ours['faster']:.2f} times faster, {least} asked: {met}.")
+            slowest = min(r["ours_faster"] for r in others)
+            lines.append(f"  Against the fastest of the others {slowest:.2f} times their speed.")
+        top, least = found["top1"], NETWORKS[name]["top1"]
+        met = "met" if round(top[OURS], 2) >= least else "NOT met"
+        others = ", ".join(f"{what} {value:.2f}" for what, value in top.items() if what != OURS)
+        lines.append(f"- {name}: top-1 {top[OURS]:.2f}, {least} asked: {met}; {others}.")
+        ran = ", ".join(f"{count} {op}" for op, count in found["operators"][OURS].items())
+        lines.append(f"- {name}: onnxruntime runs {ran}.")
+    lines.append("\n" + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def facts_of_run() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    known = {"commit": commit, "processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    return known | {"threads": THREADS, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("files", "times"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS))
+    parser.add_argument("--zoo", type=Path, default=Path("../shared/zoo.py"))
+    parser.add_argument("--nncf", help="an interpreter with nncf, onnx and onnxruntime")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.15, help="of each file and round, about")
+    given = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    if given.what == "files":
+        for name in given.only:
+            files(name, given.folder, given.zoo.resolve(), given.nncf)
+        return 0
+    results = {name: times(name, given.folder, given.rounds, given.seconds) for name in given.only}
+    facts = facts_of_run()
+    text = table(results, facts)
+    print(text)
+    (RESULTS / "speed.md").write_text(text)
+    (RESULTS / "speed.json").write_text(json.dumps({"facts": facts, "networks": results}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

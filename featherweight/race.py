@@ -1,0 +1,261 @@
+"""A network as it is, compressed, and as plain tools would have it, timed in turns in one run."""
+
+import copy
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import nn
+
+from featherweight.activations import simulate
+from featherweight.artifact import Artifact, fill
+from featherweight.chains import as_chains, chains_of
+from featherweight.data import Batch, stacked
+from featherweight.errors import FeatherweightError, UsageError
+from featherweight.export.fast import arrays_of, export_int8, made_for_speed
+from featherweight.export.graph import doubled, graph_of, quiet
+from featherweight.export.onnx import export_onnx
+from featherweight.export.parity import in_onnxruntime, in_openvino
+from featherweight.slim import slim
+from featherweight.solve import Progress
+
+ROUNDS, SECONDS = 11, 0.2  # turns of all, and what one takes of each of them
+MOST = 100  # calls of one in a turn
+FASTER = 1.05  # times: less is said to be no faster
+DENSE, OURS = "dense fp32", "ours"
+
+Call: TypeAlias = Callable[[], Any]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Milliseconds of one call with `batch` samples: the median of all rounds' medians, and the lowest and highest of
+    them. faster: how many times faster than the dense network in the same runtime, the median over rounds of the ratio
+    within one, and the lowest and highest of these."""
+
+    runtime: str
+    what: str
+    batch: int
+    ms: float
+    lowest: float
+    highest: float
+    faster: float
+    faster_lowest: float
+    faster_highest: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Race:
+    """left: what could not run, and why. verdict: for people, one sentence a batch size."""
+
+    times: tuple[Time, ...]
+    left: dict[str, str]
+    verdict: tuple[str, ...]
+
+
+@torch.no_grad()
+def race(
+    artifact: Artifact,
+    model: nn.Module,
+    data: Sequence[Batch],
+    sizes: Sequence[int],
+    file_bytes: int,
+    progress: Progress,
+) -> Race:
+    """Time a file's network beside the dense one, in torch, onnxruntime and, where it is installed, OpenVINO, on
+    torch's number of threads.
+
+    Args:
+        model: the dense network; it is not changed. data: inputs that onnxruntime's quantizer and int8 graphs are
+            calibrated on, and that are run. sizes: samples of a call.
+
+    Raises:
+        UsageError: the file does not fit the network, or there are too few samples.
+    """
+    inputs = {size: _exactly(data, model, size) for size in sizes}
+    times: list[Time] = []
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        files, left = _files(artifact, model, data, Path(folder), progress)
+        networks, more = _networks(artifact, model)
+        left |= more
+        for size, batch in inputs.items():
+            runs: dict[tuple[str, str], Call] = {}
+            for what, network in networks.items():
+                runs["torch", what] = lambda network=network, batch=batch: batch.run(network)
+            arrays = arrays_of(model, batch)
+            for runtime, start in _runtimes().items():
+                for what, file in files.items():
+                    try:
+                        run = start(file)
+                        run(arrays)
+                    except Exception as error:  # a runtime that does not take a file is one line of the result
+                        left[f"{what} in {runtime}"] = " ".join(str(error).split())[:200]
+                        continue
+                    runs[runtime, what] = lambda run=run, arrays=arrays: run(arrays)
+            found = in_turns(
+                list(runs.values()), ROUNDS, SECONDS, lambda done, size=size: progress(f"batch {size}", done, ROUNDS)
+            )
+            times += _table(list(runs), found, size)
+    smaller = artifact.about.get("fp32_bytes", 0) / file_bytes if file_bytes else 0.0
+    return Race(tuple(times), left, tuple(_verdict(times, size, smaller) for size in sizes))
+
+
+def in_turns(
+    runs: Sequence[Call], rounds: int, seconds: float, progress: Callable[[int], None] = lambda _done: None
+) -> list[list[float]]:
+    """Milliseconds of each in every round: the median of as many calls as fit in the seconds, at least one. Another one
+    is first in every round."""
+    calls = []
+    for run in runs:
+        run()
+        start = time.perf_counter()
+        run()
+        calls.append(max(1, min(int(seconds / max(time.perf_counter() - start, 1e-9)), MOST)))
+    found: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds):
+        progress(turn)
+        for k in (*range(turn % len(runs), len(runs)), *range(turn % len(runs))):
+            runs[k]()  # the caches are another's
+            own = []
+            for _ in range(calls[k]):
+                start = time.perf_counter()
+                runs[k]()
+                own.append(1e3 * (time.perf_counter() - start))
+            found[k].append(statistics.median(own))
+    progress(rounds)
+    return found
+
+
+def _table(names: Sequence[tuple[str, str]], found: Sequence[Sequence[float]], size: int) -> list[Time]:
+    rows, dense = [], {runtime: own for (runtime, what), own in zip(names, found, strict=True) if what == DENSE}
+    for (runtime, what), own in zip(names, found, strict=True):
+        ratios = [a / b for a, b in zip(dense[runtime], own, strict=True)] if runtime in dense else [float("nan")]
+        known = runtime, what, size, statistics.median(own), min(own), max(own)
+        rows.append(Time(*known, statistics.median(ratios), min(ratios), max(ratios)))
+    return rows
+
+
+def _verdict(times: Sequence[Time], size: int, smaller: float) -> str:
+    """Of our network against the dense one in the runtime where each is fastest, and in the same."""
+    own = [t for t in times if t.batch == size]
+    ours = [t for t in own if t.what == OURS]
+    at = f"at batch {size}"
+    if not ours:
+        return f"{at} the dense network and the file's take the same time: nothing in the file runs otherwise"
+    best = max(ours, key=lambda t: t.faster)
+    spread = f"{best.faster:.2f} times ({best.faster_lowest:.2f} to {best.faster_highest:.2f}) the dense one's speed"
+    if best.faster >= FASTER:
+        return f"{at} the file's network has {spread} in {best.runtime}"
+    return f"{at} the file is {smaller:.1f} times smaller, but its network is not faster: {spread} in {best.runtime}"
+
+
+def _networks(artifact: Artifact, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """What torch runs: the dense network, and ours where something in it is made smaller."""
+    own = fill(copy.deepcopy(model), artifact)
+    simulate(own, {})
+    before = [type(m) for m in own.modules()]
+    slim(as_chains(own, artifact, chains_of(own, artifact)))
+    dense = copy.deepcopy(model).eval()
+    if [type(m) for m in own.modules()] == before:
+        return {DENSE: dense}, {f"{OURS} in torch": "it runs the dense network's layers there, in as much time"}
+    return {DENSE: dense, OURS: own.eval()}, {}
+
+
+def _files(
+    artifact: Artifact, model: nn.Module, data: Sequence[Batch], folder: Path, progress: Progress
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """ONNX files of the dense network, ours, and the dense one by onnxruntime's own quantizer."""
+    files: dict[str, Path] = {}
+    left: dict[str, str] = {}
+
+    def dense(path: Path) -> None:
+        with quiet():
+            path.write_bytes(graph_of(copy.deepcopy(model).eval(), doubled(data[0])).SerializeToString())
+
+    def ours(path: Path) -> None:
+        if made_for_speed(artifact):
+            export_int8(artifact, model, data, path, progress)
+        else:
+            export_onnx(artifact, model, data[0], path, progress)
+
+    makers: dict[str, Callable[[Path], None]] = {
+        DENSE: dense,
+        OURS: ours,
+        "quantize_static": lambda path: _quantize_static(files[DENSE], path, model, data),
+    }
+    for what, make in makers.items():
+        path = folder / f"{what.replace(' ', '-')}.onnx"
+        try:
+            make(path)
+        except FeatherweightError as error:
+            left[what] = str(error)
+            if what == DENSE:
+                return {}, {f"{w} in onnxruntime": str(error) for w in makers}
+            continue
+        files[what] = path
+    return files, left
+
+
+def _quantize_static(dense: Path, path: Path, model: nn.Module, data: Sequence[Batch]) -> None:
+    """onnxruntime's own: QDQ, a scale for every channel, uint8 activations, ranges from end to end, after its
+    pre-processing."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    names = [i.name for i in graph_inputs(dense)]
+    feeds = iter([dict(zip(names, arrays_of(model, b), strict=True)) for b in data])
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> Any:
+            return next(feeds, None)
+
+    ready = path.with_suffix(".ready.onnx")
+    try:
+        with quiet():
+            quant_pre_process(str(dense), str(ready))
+            quantize_static(
+                str(ready),
+                str(path),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+    except Exception as error:  # whatever the quantizer raises
+        raise UsageError(f"onnxruntime's quantizer failed: {' '.join(str(error).split())[:200]}") from error
+
+
+def graph_inputs(path: Path) -> list[Any]:
+    """The inputs of an ONNX file, without its constants."""
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    constants = {t.name for t in graph.initializer}
+    return [i for i in graph.input if i.name not in constants]
+
+
+def _runtimes() -> dict[str, Callable[[Path], Callable[[Sequence[Any]], list[Any]]]]:
+    known = {"onnxruntime": in_onnxruntime}
+    return known | ({"OpenVINO": in_openvino} if importlib.util.find_spec("openvino") else {})
+
+
+def _exactly(data: Sequence[Batch], model: nn.Module, size: int) -> Batch:
+    """A batch of exactly so many samples."""
+    from featherweight.data import cut
+
+    joined, _ = stacked(data, model, most=max(size, max(b.size for b in data)))
+    if joined.size < size:
+        raise UsageError(f"the data have {joined.size} samples of one shape, a batch of {size} needs more")
+    found = cut(joined, joined.size)
+    if len(found) != joined.size:
+        raise UsageError("these data cannot be cut into single samples")
+    return stacked(found[:size], model, most=size)[0]
