@@ -32,6 +32,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"metrics", "report", "userland"},
     {"picture", "proof", "inputs"},
     {"pipeline"},
+    {"page"},
     {"demo", "options", "console"},
     {"commands"},
     {"cli"},
