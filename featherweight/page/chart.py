@@ -8,7 +8,9 @@ from typing import final
 
 from featherweight.page.facts import Facts
 
-ROOM = 0.06  # of the range, left free on every side
+ROOM = 0.08  # of the range, left free on every side
+FAR = 6  # times as far from the best as the file is: what is farther is not drawn, or nothing could be told apart
+LEAST = 0.01  # of the best, that the file counts as far at least
 STEPS = (1, 2, 5, 10)
 
 
@@ -52,18 +54,20 @@ def chart_of(facts: Facts) -> Chart | None:
     name = facts.metric
     if not name:
         return None
-    front = (
-        [] if facts.front is None else [(p.bytes, p.metrics[name]) for p in facts.front.points if _has(p.metrics, name)]
-    )
+    points = () if facts.front is None else facts.front.points
+    front = [(p.bytes, p.metrics[name]) for p in points if p.metrics and name in p.metrics]
     plain = [(s.what, s.bytes, s.metrics[name]) for s in facts.sizes if not s.ours and name in s.metrics]
     ours = facts.bytes, facts.after[name]
     if len(front) + len(plain) < 2:
         return None
-    near = [y for _, y in front] + [ours[1]] + [y for what, _, y in plain if what in ("fp32", "half", "int8")]
-    low, high = _padded(min(near), max(near))
-    left, right = _padded(
-        *(math.log(f([x for x, _ in front] + [x for _, x, _ in plain] + [ours[0]])) for f in (min, max))
-    )
+    low, high = _padded(*_window([y for _, y in front] + [y for *_, y in plain], ours[1]))
+    smaller = [x for x, y in front if not low <= y <= high]
+    outside = [f"{what} ({y:.2f})" for what, _, y in plain if not low <= y <= high]
+    outside += [f"{len(smaller)} of the other sizes"] if smaller else []
+    shown = [(x, y) for x, y in front if low <= y <= high]
+    inside = [(what, x, y) for what, x, y in plain if low <= y <= high]
+    sizes = [x for x, _ in shown] + [x for _, x, _ in inside] + [ours[0]]
+    left, right = _padded(math.log(min(sizes)), math.log(max(sizes)))
 
     def across(size: float) -> float:
         return round(100 * (math.log(size) - left) / (right - left), 2)
@@ -71,8 +75,7 @@ def chart_of(facts: Facts) -> Chart | None:
     def up(value: float) -> float:
         return round(100 * (high - value) / (high - low), 2)
 
-    inside = [(what, x, y) for what, x, y in plain if low <= y <= high]
-    marks = [Mark(across(x), up(y), "", "middle", "front") for x, y in front]
+    marks = [Mark(across(x), up(y), "", "middle", "front") for x, y in shown]
     marks += [Mark(across(x), up(y), what, _side(across(x)), "plain") for what, x, y in inside]
     marks.append(Mark(across(ours[0]), up(ours[1]), "this file", _side(across(ours[0])), "ours"))
     line = [(across(x), up(y)) for x, y in front]
@@ -81,7 +84,6 @@ def chart_of(facts: Facts) -> Chart | None:
     text = f"{name} over bytes: this file {ours[1]:.2f} at {ours[0]:,}" + "".join(
         f", {what} {y:.2f} at {x:,}" for what, x, y in plain
     )
-    outside = tuple(f"{what} ({y:.2f} at {x:,} bytes)" for what, x, y in plain if not low <= y <= high)
     return Chart(
         name,
         tuple(marks),
@@ -89,13 +91,16 @@ def chart_of(facts: Facts) -> Chart | None:
         tuple(Tick(across(x), _kilobytes(x)) for x in _log_ticks(math.exp(left), math.exp(right))),
         tuple(Tick(up(y), f"{y:g}") for y in _ticks(low, high)),
         None if dense is None or not low <= dense <= high else up(dense),
-        outside,
+        tuple(outside),
         text,
     )
 
 
-def _has(metrics: dict[str, float] | None, name: str) -> bool:
-    return metrics is not None and name in metrics
+def _window(values: Sequence[float], ours: float) -> tuple[float, float]:
+    """The lowest and the highest value to draw: ours, and all that are not much farther from the best."""
+    best = max(*values, ours)
+    far = FAR * max(best - ours, LEAST * abs(best))
+    return min(y for y in (*values, ours) if y >= best - far), best
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -107,7 +112,7 @@ def _side(x: float) -> str:
     return "start" if x < 15 else "end" if x > 85 else "middle"
 
 
-def _ticks(low: float, high: float, count: int = 5) -> Sequence[float]:
+def _ticks(low: float, high: float, count: int = 6) -> Sequence[float]:
     """Round numbers in a range, about so many."""
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))

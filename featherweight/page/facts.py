@@ -4,6 +4,7 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, final
@@ -188,7 +189,7 @@ def collect(name: str, artifact: Artifact, data: bytes, given: Given, measured: 
         len(data),
         hashlib.sha256(data).hexdigest(),
         artifact.digest(),
-        {k: v if isinstance(v := artifact.about.get(k), str) else "" for k in ("model", "tool", "torch")},
+        {k: _words(artifact.about.get(k)) or "" for k in ("model", "tool", "torch")},
         _settings(artifact.about),
         commands(name, artifact.about),
         base,
@@ -216,16 +217,16 @@ FLAGS = {"sequential": "independent", "symmetric": "asymmetric"}  # an option, a
 
 def commands(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
     """The command lines that make a file of this name, as far as it tells."""
-    model, settings, tuned = about.get("model"), about.get("settings"), about.get("finetuned")
+    model, settings, tuned = about.get("model"), about.get("settings"), about.get("finetuned", [])
     if not isinstance(model, str) or not isinstance(settings, dict):
         return ()
-    said = [("compress", [model], settings, name)]
-    if isinstance(tuned, dict):
-        said = [("compress", [model], settings, "small.fw"), ("finetune", ["small.fw", "--model", model], tuned, name)]
-    return tuple(
-        shlex.join(["featherweight", verb, *first, *_options(options), "-o", output])
-        for verb, first, options, output in said
-    )
+    times = [t for t in tuned if isinstance(t, dict)] if isinstance(tuned, list) else []
+    between = ["small.fw", *(f"tuned{k}.fw" for k in range(1, len(times)))]
+    names = [*between[: len(times)], name]
+    lines = [["compress", model, *_options(settings), "-o", names[0]]]
+    for (before, after), options in zip(pairwise(names), times, strict=True):
+        lines.append(["finetune", before, "--model", model, *_options(options), "-o", after])
+    return tuple(shlex.join(["featherweight", *line]) for line in lines)
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
@@ -266,12 +267,7 @@ def _alone(artifact: Artifact, listed: tuple[LeftAlone, ...] | None) -> tuple[Al
     """By reason, those with the most numbers first. listed: by the run; otherwise the file says what it can: vectors
     are seen, and for others it keeps the reasons."""
     if listed is None:
-        kept = artifact.about.get("left_alone")
-        reasons: dict[str, str] = {}
-        for reason, names in kept.items() if isinstance(kept, dict) else ():
-            reasons |= dict.fromkeys(
-                (n for n in names if isinstance(n, str)) if isinstance(names, list) else (), reason
-            )
+        reasons = _reasons(artifact.about.get("left_alone"))
         rest = [(n, tuple(t.shape)) for n, t in artifact.rest.items() if t.is_floating_point()]
         rest += [(f"{x.name}.{part}", tuple(x.scale.shape)) for x in artifact.norms for part in ("weight", "bias")]
         listed = tuple(
@@ -282,6 +278,12 @@ def _alone(artifact: Artifact, listed: tuple[LeftAlone, ...] | None) -> tuple[Al
         same = [x for x in listed if x.reason == reason]
         found.append(Alone(reason, tuple(x.name for x in same), sum(x.params for x in same)))
     return tuple(sorted(found, key=lambda a: -a.numbers))
+
+
+def _reasons(kept: Any) -> dict[str, str]:
+    """By the name of the tensor, as far as the file has the form that it should have."""
+    lists = {why: names for why, names in kept.items() if isinstance(names, list)} if isinstance(kept, dict) else {}
+    return {name: why for why, names in lists.items() for name in names if isinstance(name, str)}
 
 
 BUDGETS = {"bytes": "target", "macs": "target-macs", "bops": "target-bops"} | {

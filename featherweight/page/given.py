@@ -160,7 +160,12 @@ def shaped(kind: Any, value: Any, where: str) -> Any:
     if kind is float:
         _require(type(value) in (int, float) and _is_finite(value), where, "a number", value)
         return float(value)
-    _require(type(value) is kind, where, {int: "a whole number", str: "a text"}.get(kind, kind.__name__), value)
+    _require(
+        type(value) is kind,
+        where,
+        "a whole number" if kind is int else "a text" if kind is str else "true or false",
+        value,
+    )
     return value
 
 

@@ -110,6 +110,16 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def size(value: float) -> str:
+    """Bytes in three digits.
+
+    >>> size(279), size(69_496)
+    ('279 B', '69.5 kB')
+    """
+    text = count(value)
+    return f"{text}B" if value >= 1000 else f"{text} B"
+
+
 def _largest(facts: Facts) -> list[Any]:
     """The weights with the most bytes in fp32, in the order of the file."""
     order = sorted(range(len(facts.layers)), key=lambda i: (-facts.layers[i].dense_bytes, i))[:MOST]
@@ -129,7 +139,7 @@ def _environment(escaping: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"visible": visible, "code": code, "words": words, "count": count, "quoted": quoted}
+    made.filters |= {"visible": visible, "code": code, "words": words, "count": count, "size": size, "quoted": quoted}
     made.globals |= {"change": change}
     return made
 
