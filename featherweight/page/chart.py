@@ -55,10 +55,10 @@ def chart_of(facts: Facts) -> Chart | None:
     if not name:
         return None
     points = () if facts.front is None else facts.front.points
-    front = [(p.bytes, p.metrics[name]) for p in points if p.metrics and name in p.metrics]
-    plain = [(s.what, s.bytes, s.metrics[name]) for s in facts.sizes if not s.ours and name in s.metrics]
+    front = [(p.bytes, y) for p in points if p.bytes > 0 and (y := _finite(p.metrics, name)) is not None]
+    plain = [(s.what, s.bytes, y) for s in facts.sizes if not s.ours and (y := _finite(s.metrics, name)) is not None]
     ours = facts.bytes, facts.after[name]
-    if len(front) + len(plain) < 2:
+    if len(front) + len(plain) < 2 or not math.isfinite(ours[1]):
         return None
     low, high = _padded(*_window([y for _, y in front] + [y for *_, y in plain], ours[1]))
     smaller = [x for x, y in front if not low <= y <= high]
@@ -80,7 +80,7 @@ def chart_of(facts: Facts) -> Chart | None:
     marks.append(Mark(across(ours[0]), up(ours[1]), "this file", _side(across(ours[0])), "ours"))
     line = [(across(x), up(y)) for x, y in front]
     segments = tuple((*a, *b) for a, b in pairwise(line))
-    dense = facts.before.get(name)
+    dense = _finite(facts.before, name)
     text = f"{name} over bytes: this file {ours[1]:.2f} at {ours[0]:,}" + "".join(
         f", {what} {y:.2f} at {x:,}" for what, x, y in plain
     )
@@ -94,6 +94,11 @@ def chart_of(facts: Facts) -> Chart | None:
         tuple(outside),
         text,
     )
+
+
+def _finite(metrics: dict[str, float] | None, name: str) -> float | None:
+    value = math.nan if metrics is None else metrics.get(name, math.nan)
+    return value if math.isfinite(value) else None
 
 
 def _window(values: Sequence[float], ours: float) -> tuple[float, float]:
@@ -122,9 +127,10 @@ def _ticks(low: float, high: float, count: int = 6) -> Sequence[float]:
 
 
 def _log_ticks(low: float, high: float) -> Sequence[float]:
-    """1, 2 and 5 times powers of ten in a range."""
+    """1, 2 and 5 times powers of ten in a range; in a narrow one, evenly."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [s * 10.0**p for p in powers for s in STEPS[:3] if low <= s * 10.0**p <= high]
+    found = [s * 10.0**p for p in powers for s in STEPS[:3] if low <= s * 10.0**p <= high]
+    return found if len(found) > 1 else _ticks(low, high, 3)
 
 
 def _kilobytes(size: float) -> str:

@@ -130,6 +130,11 @@ class Facts:
         return next(iter(self.after), "")
 
     @property
+    def plain_measured(self) -> bool:
+        """Whether it is known what the plain ways are worth."""
+        return any(s.metrics for s in self.sizes if s.what == "int8")
+
+    @property
     def methods(self) -> tuple[Group, ...]:
         """What was done to how many weights, the most bytes first."""
         found = []
@@ -177,6 +182,7 @@ def collect(name: str, artifact: Artifact, data: bytes, given: Given, measured: 
         Size("int4", plain.int4, worth.get("int4", {}), f"rounded to nearest, a scale a row, {rest}"),
         Size("this file", len(data), after, "the whole of it", ours=True),
     )
+    sizes = tuple(s for s in sizes if s.bytes)  # of a file without any number nothing is left to compare
     layers = tuple(
         Layer(row, 4 * row.params, counts.get(unit.names[0])) for row, unit in zip(rows, artifact.units, strict=True)
     )
@@ -212,6 +218,7 @@ def collect(name: str, artifact: Artifact, data: bytes, given: Given, measured: 
     )
 
 
+FIRST = ["weights", "train", "data", "input-shape", "recipe", "target", "method", "bits"]  # of a command, in this order
 FLAGS = {"sequential": "independent", "symmetric": "asymmetric"}  # an option, and what its opposite is called
 
 
@@ -229,9 +236,13 @@ def commands(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(shlex.join(["featherweight", *line]) for line in lines)
 
 
+def _place(option: str) -> tuple[int, str]:
+    return FIRST.index(option) if option in FIRST else len(FIRST), option
+
+
 def _options(settings: Mapping[str, Any]) -> list[str]:
     words = []
-    for option, value in settings.items():
+    for option, value in sorted(settings.items(), key=lambda x: _place(x[0])):
         match value:
             case bool():
                 words.append(f"--{option if value else FLAGS.get(option, f'no-{option}')}")

@@ -110,6 +110,8 @@ def read_given(run: Path | None, front: Path | None, bench: Path | None, digest:
             raise UsageError(f"{place} is about another file: it decodes to {result.digest}, this one to {digest}")
     if found.front is not None and found.front.chosen.bytes != size:
         raise UsageError(f"{front} is about a file of {found.front.chosen.bytes:,} bytes, this one has {size:,}")
+    if found.bench is not None and not found.bench.rows:
+        raise UsageError(f"{bench} holds no time; `bench --json` prints some")
     return found
 
 

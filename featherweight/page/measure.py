@@ -90,7 +90,7 @@ def measure(
     after = prove(file, artifact.digest(), model, weights, test, metric, batch_size)["metrics"]
     progress("measure", 2, steps)
     plain = {}
-    for i, (name, store) in enumerate((("half", _half), ("int8", _int(8)), ("int4", _int(4)))):
+    for i, (name, store) in enumerate((("half", _half), ("int8", stored_in(8)), ("int4", stored_in(4)))):
         plain[name] = measured(store(copy.deepcopy(dense), artifact))
         progress("measure", 3 + i, steps)
     macs, note = count(dense, artifact, test, batch_size)
@@ -107,7 +107,7 @@ def _half(net: nn.Module, artifact: Artifact) -> nn.Module:
     return net
 
 
-def _int(bits: int) -> Callable[[nn.Module, Artifact], nn.Module]:
+def stored_in(bits: int) -> Callable[[nn.Module, Artifact], nn.Module]:
     """Every weight that the file compresses, rounded to the nearest of so many bits, one scale a row."""
 
     @torch.no_grad()
