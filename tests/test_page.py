@@ -402,6 +402,9 @@ def test_a_file_remembers_what_was_asked_and_no_place(made):
     assert about["settings"] == {"data": "nets.py:images", "exclude": ["fc.*"], "measurements": 2, "target": "2.5x"}
     assert about["model"] == "nets.py:tiny"
     assert about["left_alone"] == {"excluded by the recipe": ["fc.weight"]}
+    artifact = read(made / "small.fw")
+    kept = {k: v for k, v in about.items() if k not in ("settings", "left_alone", "torch")}
+    assert len(to_bytes(artifact)) - len(to_bytes(replace(artifact, about=kept))) < 100
 
 
 def test_paths_are_named_without_their_folders():
