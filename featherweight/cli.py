@@ -6,7 +6,15 @@ import sys
 from rich.markup import escape
 
 from featherweight._memory import reuse_memory
-from featherweight.commands import compressing, exporting, files, packing, timing, tuning  # noqa: F401 - they add their commands
+from featherweight.commands import (  # noqa: F401 - they add their commands
+    compressing,
+    exporting,
+    files,
+    packing,
+    reporting,
+    timing,
+    tuning,
+)
 from featherweight.commands.app import app
 from featherweight.console import err
 from featherweight.errors import FeatherweightError

@@ -185,6 +185,7 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[nn.Parameter, Kind, int]]:
                     yield parameter, "attention", 3 if name == "in_proj_weight" else 1
 
 
+VECTOR = "a vector: bias, norm or scale"
 _LAZY = "not initialised yet: run the network once on an example before compressing"
 
 
@@ -219,6 +220,6 @@ def _others(
         elif ".parametrizations." in f".{names[0]}" or _REPLACED.fullmatch(names[0]):
             yield names, parameter, "parametrized weight: make it plain first (remove_parametrizations)"
         elif parameter.ndim < 2:
-            yield names, parameter, "a vector: bias, norm or scale"
+            yield names, parameter, VECTOR
         else:
             yield names, parameter, f"no known layer kind: parameter of {type(owner[key]).__name__}"

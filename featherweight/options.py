@@ -186,9 +186,35 @@ def trainings(
 
 def changed(given: Mapping[str, Any], command: Callable[..., Any]) -> list[str]:
     """The options of a command whose values are not their defaults, as they are written."""
+    return [f"--{name}" for name in _differing(given, command)]
+
+
+UNTOLD = ("output", "test", "metric", "front", "database", "residuals", "checkpoint", "as-json", "lossless")
+
+
+def told(given: Mapping[str, Any], command: Callable[..., Any]) -> dict[str, Any]:
+    """The options that decide what a file holds, where they are not their defaults, as JSON for the file to keep; of
+    paths the last part."""
+    return {
+        name: [named(v) for v in value] if isinstance(value, list) else named(value)
+        for name, value in _differing(given, command).items()
+        if name not in UNTOLD
+    }
+
+
+def named(value: Any) -> Any:
+    """A path, or a spec `folder/file.py:function`, without its folders; anything else as it is."""
+    if isinstance(value, Path):
+        return value.name
+    place, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return f"{Path(place).name}:{function}" if colon and place.endswith(".py") else value
+
+
+def _differing(given: Mapping[str, Any], command: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a command whose values are not their defaults, by name."""
     defaults = {name: p.default for name, p in signature(command).parameters.items()}
-    return [
-        f"--{name.removesuffix('_epochs').replace('_', '-')}"
+    return {
+        name.removesuffix("_epochs").replace("_", "-"): value
         for name, value in given.items()
         if value != defaults[name]
-    ]
+    }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid, FloatInput, calibrate, plain_copy, simulate, stays_float
@@ -26,7 +27,7 @@ from featherweight.database import Database
 from featherweight.errors import InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
 from featherweight.inputs import look_at, tensors_of
-from featherweight.layers import LeftAlone, Scan, scan
+from featherweight.layers import VECTOR, LeftAlone, Scan, scan
 from featherweight.methods import GridSpec, Method, Obq, Plain, Solution
 from featherweight.methods.base import usable
 from featherweight.metrics import measured
@@ -165,8 +166,7 @@ def compress(
         finetune = rehearse(net, replace(finetune, data=samples) if finetune.data is data else finetune)
     net.load_state_dict(original, strict=False)
     before, dense = measured(evaluate, copy.deepcopy(net)), net
-    about = (about or {}) | {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-    about |= {STRUCTURE: structure_of(net)}
+    about = remembered(net, found, base, goal) | (about or {})
     trained, stage, pulled = None, None, None
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         if goal is None:
@@ -284,8 +284,7 @@ def plan(
         each = (time.perf_counter() - start) / max(sum(b.size for b in seen), 1)
         capturing = each * sum(b.size for b in samples)
         if goal is not None:
-            about = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-            about |= {STRUCTURE: structure_of(net)}
+            about = remembered(net, found, base, goal)
             grids, _ = calibrate(net, samples, found.units, wanted)
             setting = _setting(net, found, recipe, samples, stats, grids, base, about, Path(folder), store, basis)
             stage = allocate(setting, goal, progress, measuring=False)
@@ -352,6 +351,19 @@ def _setting(
     kept, fixed = store or Database.at(folder / "solved"), overridden(recipe, found)
     own = stats, fixed, grids, bits, base, about, kept, space, recipe.repair, basis, meter
     return Setting(net, found, samples, *own)
+
+
+def remembered(net: nn.Module, found: Scan, base: Baselines, goal: Goal | None) -> dict[str, Any]:
+    """What every file says of how it came to be (docs/decisions/0018-report.md): sizes, the version of torch, the
+    target, what the network's modules are set to, and why a tensor that is no vector was left alone."""
+    reasons: dict[str, list[str]] = {}
+    for tensor in found.left_alone:
+        if tensor.reason != VECTOR:
+            reasons.setdefault(tensor.reason, []).append(tensor.name)
+    asked = {} if goal is None else {"settings": goal.words()}
+    sizes = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
+    sizes |= {"torch": torch.__version__.partition("+")[0], STRUCTURE: structure_of(net)}
+    return sizes | asked | ({"left_alone": reasons} if reasons else {})
 
 
 def goal_of(target: str | int | Goal | None) -> Goal | None:

@@ -244,7 +244,7 @@ def graph_inputs(path: Path) -> list[Any]:
 
 
 def _runtimes() -> dict[str, Callable[[Path], Callable[[Sequence[Any]], list[Any]]]]:
-    known = {"onnxruntime": in_onnxruntime}
+    known: dict[str, Callable[[Path], Callable[[Sequence[Any]], list[Any]]]] = {"onnxruntime": in_onnxruntime}
     return known | ({"OpenVINO": in_openvino} if importlib.util.find_spec("openvino") else {})
 
 

@@ -155,6 +155,17 @@ class Goal:
         if self.latency is not None:
             microseconds(self.latency, 1 << 40)
 
+    def words(self) -> dict[str, str | int]:
+        """The limits as they were given, by the option of the command line that says the same."""
+        given = {
+            "target": self.target,
+            "target-macs": self.macs,
+            "target-bops": self.bops,
+            "target-latency": self.latency,
+            "target-params": self.params,
+        }
+        return {option: value for option, value in given.items() if value is not None}
+
     @property
     def structured(self) -> bool:
         """Whether only whole channels count."""

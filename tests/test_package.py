@@ -32,7 +32,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"metrics", "report", "userland"},
     {"picture", "proof", "inputs"},
     {"pipeline"},
-    {"export"},
+    {"export", "page"},
     {"demo", "options", "console"},
     {"commands"},
     {"cli"},

@@ -94,8 +94,8 @@ def compress_command(
     as_json: opt.Json = False,
 ) -> None:
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
+    given = {k: v for k, v in locals().items() if k not in ("model", "weights", "output", "lossless", "as_json")}
     if lossless:
-        given = {k: v for k, v in locals().items() if k not in ("model", "weights", "output", "lossless", "as_json")}
         pack_checkpoint(model, weights, output, opt.changed(given, compress_command), as_json)
         return
     opt.check_metric(metric, test)
@@ -115,15 +115,16 @@ def compress_command(
         check_residuals(residuals, output)
     chosen = _recipe(settings, goal, recipe, include, exclude, no_repair, activations, sequential)
     shape = None if input_shape is None else shape_of(input_shape)
-    about = {"model": model, "tool": f"featherweight {version('featherweight')}"}
+    asked = opt.told(given | {"weights": weights}, compress_command)
+    about = {"model": opt.named(model), "tool": f"featherweight {version('featherweight')}", "settings": asked}
     about |= {} if purpose is None else {MADE_FOR: purpose}
     # whatever the user's code prints is not our output
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
         settle(network, chosen, goal, data is not None)
         calibration = call(data) if data else None
-        asked = admm_epochs, finetune_epochs, rho, checkpoint, train, precision, calibration, batch_size
-        admm, tuning = opt.trainings(*asked)
+        training = admm_epochs, finetune_epochs, rho, checkpoint, train, precision, calibration, batch_size
+        admm, tuning = opt.trainings(*training)
         measure = meter(test, metric, batch_size)
         before = measure(network)
         small = compress(

@@ -4,6 +4,7 @@ import copy
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,7 @@ def finetune_command(
 ) -> None:
     """Train what is continuous in a file towards the dense network; the file keeps about its size. With torchrun, on
     several processors."""
+    given = {k: v for k, v in locals().items() if k not in ("file", "model")}
     opt.check_metric(metric, test)
     check_output(output, weights)
     if checkpoint is not None and checkpoint.resolve() == output.resolve():
@@ -70,7 +72,10 @@ def finetune_command(
             tuned = finetune(artifact, network, how, progress)
             if not ranks.first:
                 return
-            proof = save_proved(tuned.artifact, output, model, weights, test, metric, batch_size)
+            earlier = artifact.about.get("finetuned", [])
+            times = [*(earlier if isinstance(earlier, list) else []), opt.told(given, finetune_command)]
+            remembering = replace(tuned.artifact, about=artifact.about | {"finetuned": times})
+            proof = save_proved(remembering, output, model, weights, test, metric, batch_size)
     after, losses, seconds = proof["metrics"], tuned.trained.losses, time.perf_counter() - start
     if as_json:
         sizes = {"bytes_before": file.stat().st_size, "file_bytes": proof["bytes"], "digest": proof["digest"]}

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -90,7 +91,7 @@ def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], tol
     return largest
 
 
-def in_onnxruntime(path: Path, settings: Mapping[str, str]) -> Runner:
+def in_onnxruntime(path: Path, settings: Mapping[str, str] = MappingProxyType({})) -> Runner:
     """Runs a file with onnxruntime, on as many threads as torch has, with these settings of a session."""
     try:
         import onnxruntime
