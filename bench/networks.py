@@ -43,6 +43,7 @@ NETWORKS = {  # network: (calibration data, test data, settings)
         "cifar100_calibration",
         "cifar100_test",
         [
+            "--target 7.4x",
             "--method ecq --bits 2",
             "--method gptq --bits 4",
             "--method obq --bits 3 --sequential",
