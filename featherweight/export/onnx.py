@@ -20,10 +20,10 @@ from featherweight.data import Batch
 from featherweight.errors import UsageError
 from featherweight.export.forms import Place, permuted, written
 from featherweight.export.graph import FIRST_OPSET, INSTALL, converted, doubled, dynamic, graph_of
-from featherweight.export.links import linked
+from featherweight.export.links import Turn, linked
 from featherweight.export.nodes import Nodes
 from featherweight.export.parity import ROUNDED, TOLERANCE, Parity, compared
-from featherweight.export.passes import cleaned, fold_norms, replace_reads, turn_gates
+from featherweight.export.passes import Graph, cleaned, fold_norms, readers_of, replace_reads, turn_gates
 from featherweight.export.rounding import round_inputs
 from featherweight.export.shrink import pack_constants, shrink
 from featherweight.layers import View
@@ -145,11 +145,11 @@ def _first(example: Batch) -> Batch:
 @dataclass(frozen=True, slots=True)
 class _Held:
     """A tensor of the network that is written as nodes. write: its value, given what its rows are multiplied with and
-    whether a recurrent operator reads it, in which order."""
+    how it is read. turns: whether a recurrent operator may read it with its rows in another order."""
 
     shape: tuple[int, ...]
     stored: str
-    write: Callable[[Nodes, Tensor | None, Tensor | None, str], str]
+    write: Callable[[Nodes, Tensor | None, Turn, str], str]
     turns: bool
 
 
@@ -168,11 +168,13 @@ def _built(
     factors = fold_norms(proto, present, {f"{n.name}.weight": n for n in found.norms})
     turned = turn_gates(proto, present, {n: held[n].shape for n in present if held[n].turns})
     b = Nodes(tight=tight)
-    rows, values = [], {}
+    rows, values, graph = [], {}, Graph(proto.graph)
     for name in [t.name for t in proto.graph.initializer if t.name in held]:
         before, own = b.size, held[name]
         turn = turned.get(name)
-        value = own.write(b, factors.get(name), None if turn is None else turn.order, name)
+        multiplied = any(n.op_type == "MatMul" for n, _ in readers_of(graph, name))
+        read_as = Turn(None if turn is None else turn.order, multiplied)
+        value = own.write(b, factors.get(name), read_as, name)
         values[name if turn is None else turn.value] = value
         rows.append(Row(name, own.stored, _form(b, value), b.size - before))
     opset = max(b.opset, FIRST_OPSET)
@@ -218,9 +220,10 @@ def _held(found: Artifact, network: nn.Module, chains: tuple[ChainRow, ...]) -> 
 def _plain(weight: Weight, view: View) -> _Held:
     """A weight of a layer as torch has it."""
 
-    def write(b: Nodes, rows: Tensor | None, order: Tensor | None, name: str) -> str:
+    def write(b: Nodes, rows: Tensor | None, turn: Turn, name: str) -> str:
+        order = turn.order
         if order is None:
-            return written(b, weight, Place(view), rows, name)
+            return written(b, weight, Place(view, folded=turn.multiplied), rows, name)
         moved = permuted(weight, order)
         if moved is not None:
             return written(b, moved, Place(view, front=True), rows, name)
