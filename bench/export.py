@@ -142,7 +142,7 @@ def text(results: Mapping[str, Any]) -> str:
         "ONNX beside our file, on the whole test set in onnxruntime with its own settings. Packed: codes of 2, 4 and 8",
         "bits in fewer where some are rarer (`--smallest`).",
         "",
-        "| network | settings | .fw | not coded | ONNX | of not coded | packed | of .fw | opset | top-1 | there | off |",
+        "| network | settings | .fw | not coded | ONNX | of that | packed | of .fw | opset | top-1 | there | off |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in results.get("figures", []):

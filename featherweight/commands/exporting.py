@@ -39,7 +39,18 @@ def _onnx(
     return found.facts(), lines_of(found)
 
 
+def _smallest_onnx(
+    artifact: Artifact, model: nn.Module, example: Example, output: Path, progress: Progress
+) -> tuple[dict[str, Any], list[Any]]:
+    from featherweight.export.onnx import export_onnx
+    from featherweight.export.said import lines_of
+
+    found = export_onnx(artifact, model, example(), output, progress, tight=True)
+    return found.facts(), lines_of(found)
+
+
 WRITERS: dict[str, Writer] = {".onnx": _onnx}  # by suffix
+SMALLEST: dict[str, Writer] = {".onnx": _smallest_onnx}  # with --smallest
 
 
 @app.command("export")
@@ -50,12 +61,17 @@ def export_command(
     weights: opt.Weights = None,
     data: opt.DataSpec = None,
     input_shape: opt.InputShape = None,
+    smallest: Annotated[
+        bool,
+        typer.Option("--smallest", help="ONNX: codes in as few bits as their frequency allows, not as int4 or int8"),
+    ] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Write a network for other programs, and compare what they compute. ONNX: weights keep their stored form."""
-    write = WRITERS.get(output.suffix)
+    writers = SMALLEST if smallest else WRITERS
+    write = writers.get(output.suffix)
     if write is None:
-        raise UsageError(f"{output} must end in {' or '.join(WRITERS)}")
+        raise UsageError(f"{output} must end in {' or '.join(writers)}{' with --smallest' * smallest}")
     check_output(output, file)
     check_output(output, weights)
     shape = None if input_shape is None else shape_of(input_shape)

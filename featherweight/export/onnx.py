@@ -17,9 +17,19 @@ from featherweight.artifact import Artifact, fill, read
 from featherweight.artifact.write import plain_bytes
 from featherweight.chains import ChainRow, as_chains, chains_of
 from featherweight.data import Batch
-from featherweight.errors import UsageError
+from featherweight.errors import FormatError, UsageError
 from featherweight.export.forms import Place, permuted, written
-from featherweight.export.graph import FIRST_OPSET, INSTALL, converted, doubled, dynamic, graph_of
+from featherweight.export.graph import (
+    FIRST_OPSET,
+    INSTALL,
+    converted,
+    doubled,
+    dynamic,
+    few,
+    first,
+    fix_batch,
+    graph_of,
+)
 from featherweight.export.links import Turn, linked
 from featherweight.export.nodes import Nodes
 from featherweight.export.parity import ROUNDED, TOLERANCE, Parity, compared
@@ -32,6 +42,7 @@ from featherweight.solve import Progress
 from featherweight.weights import Dense, Factors, Grid, Sparse, Weight
 
 MOST = 8  # samples of a comparison
+TWO_BITS = 25  # the first set of operators with integers of two bits
 _IR = {20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}  # version of the file format for each set of operators
 
 
@@ -98,47 +109,39 @@ def export_onnx(
     found = artifact if isinstance(artifact, Artifact) else read(Path(artifact))
     network = fill(copy.deepcopy(model), found)
     progress("export", 0, 3)
-    example = doubled(_few(example))
+    example = doubled(few(example, MOST))
+    with torch.no_grad():
+        example.run(network)
     proto, rows, left, notes = _built(found, model, example, tight)
     progress("export", 1, 3)
-    if not dynamic(proto):
-        notes.append(f"the batch size is fixed at {example.size}: the network's forward depends on it")
     onnx.checker.check_model(proto)
-    data = proto.SerializeToString(deterministic=True)
-    opset, grids = proto.opset_import[0].version, found.inputs()
-    openvino = opset < 25
-    if not openvino:
+    opset = proto.opset_import[0].version
+    if opset >= TWO_BITS:
         notes.append("OpenVINO does not read 2-bit integers, and was not tried")
-    examples = [example] if not dynamic(proto) else [example, _first(example)]
+    tolerance = ROUNDED if found.inputs() else TOLERANCE
     with replaced(Path(path)) as place:
-        place.write_bytes(data)
+
+        def checked(batch: Batch) -> tuple[Parity, ...]:
+            place.write_bytes(proto.SerializeToString(deterministic=True))
+            return compared(place, network, [batch], tolerance, opset < TWO_BITS)
+
         progress("export", 2, 3)
-        parity = compared(place, network, examples, ROUNDED if grids else TOLERANCE, openvino)
+        parity = checked(example)
+        reason = "torch takes it for a constant"
+        if dynamic(proto):
+            try:
+                parity += checked(first(example))
+            except FormatError as error:
+                reason = str(error)
+                fix_batch(proto, example.size)
+                parity = checked(example)
+        if not dynamic(proto):
+            notes.append(f"the batch size is fixed at {example.size}: {reason}")
         progress("export", 3, 3)
     kinds = dict(sorted(Counter(n.op_type for n in proto.graph.node).items()))
     size = os.path.getsize(path)
     before = len(plain_bytes(found))
     return Exported(str(path), size, before, opset, proto.ir_version, kinds, tuple(rows), parity, left, tuple(notes))
-
-
-def _few(example: Batch) -> Batch:
-    """At most MOST of its samples."""
-
-    def cut(value: Any) -> Any:
-        same = isinstance(value, Tensor) and value.ndim and len(value) == example.size
-        return value[:MOST] if same else value
-
-    return Batch(tuple(cut(v) for v in example.args), {k: cut(v) for k, v in example.kwargs.items()})
-
-
-def _first(example: Batch) -> Batch:
-    """Its first sample."""
-
-    def cut(value: Any) -> Any:
-        same = isinstance(value, Tensor) and value.ndim and len(value) == example.size
-        return value[:1] if same else value
-
-    return Batch(tuple(cut(v) for v in example.args), {k: cut(v) for k, v in example.kwargs.items()})
 
 
 @final
