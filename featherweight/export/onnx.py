@@ -16,7 +16,7 @@ from featherweight.activations import simulate
 from featherweight.artifact import Artifact, fill, read
 from featherweight.artifact.write import plain_bytes
 from featherweight.chains import ChainRow, as_chains, chains_of
-from featherweight.data import Batch
+from featherweight.data import Batch, batches
 from featherweight.errors import FormatError, UsageError
 from featherweight.export.forms import Place, permuted, written
 from featherweight.export.graph import (
@@ -82,7 +82,7 @@ class Exported:
 def export_onnx(
     artifact: Artifact | str | Path,
     model: nn.Module,
-    example: Batch,
+    example: Any,
     path: str | Path,
     progress: Progress = lambda _stage, _done, _total: None,
     *,
@@ -93,7 +93,8 @@ def export_onnx(
     Args:
         artifact: a .fw file, or its contents.
         model: an instance of the network's class; it is not changed.
-        example: one call of the network. Its first dimension becomes dynamic where the network allows that.
+        example: a batch, or anything that `compress` takes for data, of which the first batch is run. Its first
+            dimension becomes dynamic where the network allows that.
 
         tight: pack codes of 2, 4 and 8 bits into fewer, too, by how often each occurs. The file is smaller; runtimes
             unpack it on loading, and have no integers of these types then.
@@ -109,7 +110,8 @@ def export_onnx(
     found = artifact if isinstance(artifact, Artifact) else read(Path(artifact))
     network = fill(copy.deepcopy(model), found)
     progress("export", 0, 3)
-    example = doubled(few(example, MOST))
+    batch = example if isinstance(example, Batch) else batches(example, MOST)[0]
+    example = doubled(few(batch, MOST))
     with torch.no_grad():
         example.run(network)
     proto, rows, left, notes = _built(found, model, example, tight)
