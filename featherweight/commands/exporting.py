@@ -85,8 +85,16 @@ def _int8(data: str | None) -> Writer:
     return write
 
 
+def _smallest_onnx(
+    artifact: Artifact, model: nn.Module, example: Example, output: Path, progress: Progress
+) -> tuple[dict[str, Any], list[Any]]:
+    found = export_onnx(artifact, model, example(), output, progress, tight=True)
+    return found.facts(), lines_of(found)
+
+
 WRITERS: dict[str, Writer] = {".onnx": _onnx, ".pt2": _program, ".safetensors": _checkpoint, FOLDER: _folder}
 RUN = (".onnx", ".pt2")  # those that need an example
+SMALLEST: dict[str, Writer] = {".onnx": _smallest_onnx}  # with --smallest
 
 
 @app.command("export")
@@ -104,11 +112,18 @@ def export_command(
     data: opt.DataSpec = None,
     input_shape: opt.InputShape = None,
     ignore_structure: opt.IgnoreStructure = False,
+    smallest: Annotated[
+        bool,
+        typer.Option("--smallest", help="ONNX: codes in as few bits as their frequency allows, not as int4 or int8"),
+    ] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Write a network for other programs, and compare what they compute. ONNX: weights keep their stored form."""
-    write = WRITERS.get(output.suffix)
+    writers = SMALLEST if smallest else WRITERS
+    write = writers.get(output.suffix)
     if write is None:
+        if smallest:
+            raise UsageError(f"--smallest is for files that end in {' or '.join(SMALLEST)}, got {output}")
         raise UsageError(f"{output} must end in .onnx, .pt2 or .safetensors, or have no ending, for a folder")
     if output.suffix == FOLDER:
         check_folder(output)

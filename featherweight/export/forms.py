@@ -21,11 +21,15 @@ from featherweight.weights.masks import BlockMap, BoxMap, ChannelMap, NofM, RowM
 @final
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a (rows, cols) matrix goes: a tensor of `shape`, which is the view's, with a 1 in front for the weights of
-    recurrent operators."""
+    """Where a (rows, cols) matrix goes: a tensor of `shape`, which is the view's.
+
+    front: with a 1 in front, for the weights of recurrent operators. folded: computed at loading, for MatMul:
+    onnxruntime makes an operator of its own of DequantizeLinear and MatMul, which rounds the inputs to 8 bits, and
+    with 2-bit weights computes something else (1.32)."""
 
     view: View
     front: bool = False
+    folded: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,6 +117,8 @@ def _per_output(view: View, rows: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- grids
 def _grid(b: Nodes, g: Grid, place: Place, rows: Tensor | None, name: str) -> str:
+    if place.folded and (g.nbits < 8 or g.zero is not None):
+        return _times(b, place.placed(b, factor(b, g, g.shape, name)), rows, place)
     if place.axis is not None and g.scale.shape[1] == 1:
         scale, zero = g.scale.float(), g.zero
         if rows is not None:
@@ -347,7 +353,8 @@ def factor(b: Nodes, part: Dense | Grid, shape: Sequence[int], name: str) -> str
         scale, zeros = (b.op("Gather", b.floats(x), index, axis=1) for x in (part.scale, zero))
     if part.zero is None:
         zeros = b.plain(torch.tensor(symmetric_zero(part.nbits)))
-    return b.reshaped(b.op("Mul", b.op("Sub", codes, zeros), scale), shape)
+    value = b.op("Mul", b.op("Sub", codes, zeros), scale)
+    return value if tuple(shape) == part.shape else b.reshaped(value, shape)
 
 
 def contraction(b: Nodes, operands: Sequence[tuple[str, str]], out: str, sizes: dict[str, int]) -> str:

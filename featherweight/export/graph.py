@@ -8,13 +8,14 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from featherweight.activations import simulated
 from featherweight.data import Batch
 from featherweight.errors import UsageError
 
@@ -93,20 +94,34 @@ def doubled(example: Batch) -> Batch:
     if example.size >= SMALLEST or example.size == 0:
         return example
     times = -(-SMALLEST // example.size)
+    return _samples(example, lambda values: torch.cat([values] * times))
 
-    def more(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim and len(value) == example.size:
-            return torch.cat([value] * times)
-        return value
 
-    return Batch(tuple(more(v) for v in example.args), {k: more(v) for k, v in example.kwargs.items()})
+def few(example: Batch, most: int) -> Batch:
+    """At most so many of its samples."""
+    return _samples(example, lambda values: values[:most])
+
+
+def first(example: Batch) -> Batch:
+    """Its first sample."""
+    return few(example, 1)
+
+
+def _samples(example: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The example with this done to every tensor that has its samples in the first dimension."""
+
+    def one(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) and value.ndim and len(value) == example.size else value
+
+    return Batch(tuple(one(v) for v in example.args), {k: one(v) for k, v in example.kwargs.items()})
 
 
 def bound(model: nn.Module, example: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
     """The example's values by the names that the network's `forward` gives them, and for each which of its dimensions
     are dynamic: the first, where it is that of the samples."""
+    forward = type(model).forward.__get__(model) if simulated(model) else model.forward  # that takes anything
     try:
-        bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs)
+        bound = inspect.signature(forward).bind(*example.args, **example.kwargs)
     except TypeError as error:
         raise UsageError(f"{type(model).__name__} does not accept the example: {error}") from error
     auto = torch.export.Dim.AUTO
@@ -123,7 +138,7 @@ def bound(model: nn.Module, example: Batch) -> tuple[dict[str, Any], dict[str, A
 
     values: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        kind = inspect.signature(model.forward).parameters[name].kind
+        kind = inspect.signature(forward).parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             raise UsageError(
                 f"{type(model).__name__}.forward takes *{name}: wrap it in a module whose forward names its inputs"
@@ -160,3 +175,11 @@ def dynamic(model: Any) -> bool:
     """Whether the first dimension of some input of an `onnx.ModelProto` is dynamic."""
     dims = [i.type.tensor_type.shape.dim for i in model.graph.input]
     return any(d and d[0].dim_param for d in dims)
+
+
+def fix_batch(model: Any, size: int) -> None:
+    """Let the dynamic dimensions of inputs and outputs be of this size."""
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = size

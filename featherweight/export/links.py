@@ -1,8 +1,9 @@
 """Weights of factors that run as chains of layers: the weight of each layer from the factors that it is made of."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,17 @@ from featherweight.layers import View
 from featherweight.stages import Link, _Letters, chain_of, dims_of
 from featherweight.weights import Factors
 
-Write: TypeAlias = Callable[[Nodes, Tensor | None, Tensor | None, str], str]
+
+@final
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How a weight is read. order: by a recurrent operator, with its rows in this order. multiplied: by MatMul."""
+
+    order: Tensor | None
+    multiplied: bool
+
+
+Write: TypeAlias = Callable[[Nodes, Tensor | None, Turn, str], str]
 
 
 def linked(chain: nn.Module, place: str, weight: Factors, view: View) -> Iterator[tuple[str, tuple[int, ...], Write]]:
@@ -34,8 +45,8 @@ def linked(chain: nn.Module, place: str, weight: Factors, view: View) -> Iterato
 def _writer(weight: Factors, letters: _Letters, link: Link, layer: Any, turned: bool) -> Write:
     transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
 
-    def write(b: Nodes, rows: Tensor | None, order: Tensor | None, name: str) -> str:
-        assert order is None
+    def write(b: Nodes, rows: Tensor | None, turn: Turn, name: str) -> str:
+        assert turn.order is None
         value = _product(b, weight, letters, link, name.rpartition(".")[0].rpartition(".")[0])
         own = (link.outputs, link.inputs // link.groups, *link.kernel)
         if transposed:  # inputs of a group before its outputs

@@ -16,14 +16,24 @@ from featherweight.activations import simulate
 from featherweight.artifact import Artifact, fill, read
 from featherweight.artifact.write import plain_bytes
 from featherweight.chains import ChainRow, as_chains, chains_of
-from featherweight.data import Batch
-from featherweight.errors import UsageError
+from featherweight.data import Batch, batches
+from featherweight.errors import FormatError, UsageError
 from featherweight.export.forms import Place, permuted, written
-from featherweight.export.graph import FIRST_OPSET, INSTALL, converted, doubled, dynamic, graph_of
-from featherweight.export.links import linked
+from featherweight.export.graph import (
+    FIRST_OPSET,
+    INSTALL,
+    converted,
+    doubled,
+    dynamic,
+    few,
+    first,
+    fix_batch,
+    graph_of,
+)
+from featherweight.export.links import Turn, linked
 from featherweight.export.nodes import Nodes
 from featherweight.export.parity import ROUNDED, TOLERANCE, Parity, compared
-from featherweight.export.passes import cleaned, fold_norms, replace_reads, turn_gates
+from featherweight.export.passes import Graph, cleaned, fold_norms, readers_of, replace_reads, turn_gates
 from featherweight.export.rounding import round_inputs
 from featherweight.export.shrink import pack_constants, shrink
 from featherweight.layers import View
@@ -32,6 +42,7 @@ from featherweight.solve import Progress
 from featherweight.weights import Dense, Factors, Grid, Sparse, Weight
 
 MOST = 8  # samples of a comparison
+TWO_BITS = 25  # the first set of operators with integers of two bits
 _IR = {20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}  # version of the file format for each set of operators
 
 
@@ -71,7 +82,7 @@ class Exported:
 def export_onnx(
     artifact: Artifact | str | Path,
     model: nn.Module,
-    example: Batch,
+    example: Any,
     path: str | Path,
     progress: Progress = lambda _stage, _done, _total: None,
     *,
@@ -82,7 +93,8 @@ def export_onnx(
     Args:
         artifact: a .fw file, or its contents.
         model: an instance of the network's class; it is not changed.
-        example: one call of the network. Its first dimension becomes dynamic where the network allows that.
+        example: a batch, or anything that `compress` takes for data, of which the first batch is run. Its first
+            dimension becomes dynamic where the network allows that.
 
         tight: pack codes of 2, 4 and 8 bits into fewer, too, by how often each occurs. The file is smaller; runtimes
             unpack it on loading, and have no integers of these types then.
@@ -98,22 +110,35 @@ def export_onnx(
     found = artifact if isinstance(artifact, Artifact) else read(Path(artifact))
     network = fill(copy.deepcopy(model), found)
     progress("export", 0, 3)
-    example = doubled(_few(example))
+    batch = example if isinstance(example, Batch) else batches(example, MOST)[0]
+    example = doubled(few(batch, MOST))
+    with torch.no_grad():
+        example.run(network)
     proto, rows, left, notes = _built(found, model, example, tight)
     progress("export", 1, 3)
-    if not dynamic(proto):
-        notes.append(f"the batch size is fixed at {example.size}: the network's forward depends on it")
     onnx.checker.check_model(proto)
-    data = proto.SerializeToString(deterministic=True)
-    opset, grids = proto.opset_import[0].version, found.inputs()
-    openvino = opset < 25
-    if not openvino:
+    opset = proto.opset_import[0].version
+    if opset >= TWO_BITS:
         notes.append("OpenVINO does not read 2-bit integers, and was not tried")
-    examples = [example] if not dynamic(proto) else [example, _first(example)]
+    tolerance = ROUNDED if found.inputs() else TOLERANCE
     with replaced(Path(path)) as place:
-        place.write_bytes(data)
+
+        def checked(batch: Batch) -> tuple[Parity, ...]:
+            place.write_bytes(proto.SerializeToString(deterministic=True))
+            return compared(place, network, [batch], tolerance, opset < TWO_BITS)
+
         progress("export", 2, 3)
-        parity = compared(place, network, examples, ROUNDED if grids else TOLERANCE, openvino)
+        parity = checked(example)
+        reason = "torch takes it for a constant"
+        if dynamic(proto):
+            try:
+                parity += checked(first(example))
+            except FormatError as error:
+                reason = str(error)
+                fix_batch(proto, example.size)
+                parity = checked(example)
+        if not dynamic(proto):
+            notes.append(f"the batch size is fixed at {example.size}: {reason}")
         progress("export", 3, 3)
     kinds = dict(sorted(Counter(n.op_type for n in proto.graph.node).items()))
     size = os.path.getsize(path)
@@ -121,35 +146,15 @@ def export_onnx(
     return Exported(str(path), size, before, opset, proto.ir_version, kinds, tuple(rows), parity, left, tuple(notes))
 
 
-def _few(example: Batch) -> Batch:
-    """At most MOST of its samples."""
-
-    def cut(value: Any) -> Any:
-        same = isinstance(value, Tensor) and value.ndim and len(value) == example.size
-        return value[:MOST] if same else value
-
-    return Batch(tuple(cut(v) for v in example.args), {k: cut(v) for k, v in example.kwargs.items()})
-
-
-def _first(example: Batch) -> Batch:
-    """Its first sample."""
-
-    def cut(value: Any) -> Any:
-        same = isinstance(value, Tensor) and value.ndim and len(value) == example.size
-        return value[:1] if same else value
-
-    return Batch(tuple(cut(v) for v in example.args), {k: cut(v) for k, v in example.kwargs.items()})
-
-
 @final
 @dataclass(frozen=True, slots=True)
 class _Held:
     """A tensor of the network that is written as nodes. write: its value, given what its rows are multiplied with and
-    whether a recurrent operator reads it, in which order."""
+    how it is read. turns: whether a recurrent operator may read it with its rows in another order."""
 
     shape: tuple[int, ...]
     stored: str
-    write: Callable[[Nodes, Tensor | None, Tensor | None, str], str]
+    write: Callable[[Nodes, Tensor | None, Turn, str], str]
     turns: bool
 
 
@@ -168,11 +173,13 @@ def _built(
     factors = fold_norms(proto, present, {f"{n.name}.weight": n for n in found.norms})
     turned = turn_gates(proto, present, {n: held[n].shape for n in present if held[n].turns})
     b = Nodes(tight=tight)
-    rows, values = [], {}
+    rows, values, graph = [], {}, Graph(proto.graph)
     for name in [t.name for t in proto.graph.initializer if t.name in held]:
         before, own = b.size, held[name]
         turn = turned.get(name)
-        value = own.write(b, factors.get(name), None if turn is None else turn.order, name)
+        multiplied = any(n.op_type == "MatMul" for n, _ in readers_of(graph, name))
+        read_as = Turn(None if turn is None else turn.order, multiplied)
+        value = own.write(b, factors.get(name), read_as, name)
         values[name if turn is None else turn.value] = value
         rows.append(Row(name, own.stored, _form(b, value), b.size - before))
     opset = max(b.opset, FIRST_OPSET)
@@ -218,9 +225,10 @@ def _held(found: Artifact, network: nn.Module, chains: tuple[ChainRow, ...]) -> 
 def _plain(weight: Weight, view: View) -> _Held:
     """A weight of a layer as torch has it."""
 
-    def write(b: Nodes, rows: Tensor | None, order: Tensor | None, name: str) -> str:
+    def write(b: Nodes, rows: Tensor | None, turn: Turn, name: str) -> str:
+        order = turn.order
         if order is None:
-            return written(b, weight, Place(view), rows, name)
+            return written(b, weight, Place(view, folded=turn.multiplied), rows, name)
         moved = permuted(weight, order)
         if moved is not None:
             return written(b, moved, Place(view, front=True), rows, name)

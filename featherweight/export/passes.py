@@ -89,6 +89,17 @@ def replace_reads(graph: Any, values: Mapping[str, str]) -> None:
                     node.input[k] = values[name]
 
 
+def readers_of(graph: Graph, value: str) -> list[tuple[Any, int]]:
+    """The operators that read a value, transposed or not, and in which place."""
+    found = []
+    for node in graph.readers.get(value, []):
+        if node.op_type == "Transpose":
+            found += readers_of(graph, node.output[0])
+        else:
+            found += [(node, k) for k, i in enumerate(node.input) if i == value]
+    return found
+
+
 def cleaned(graph: Any) -> None:
     """Without operators and constants that nothing reads."""
     while True:

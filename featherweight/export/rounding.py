@@ -7,7 +7,7 @@ import torch
 
 from featherweight.activations import ActivationGrid
 from featherweight.export.nodes import Nodes
-from featherweight.export.passes import Graph
+from featherweight.export.passes import Graph, readers_of
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -19,7 +19,7 @@ def round_inputs(proto: Any, b: Nodes, grids: Mapping[str, ActivationGrid]) -> d
     left: dict[str, str] = {}
     for name, grid in grids.items():
         graph = Graph(proto.graph)
-        layers = [(n, k) for n, k in _readers(graph, name) if n.op_type in _LAYERS and k == 1]
+        layers = [(n, k) for n, k in readers_of(graph, name) if n.op_type in _LAYERS and k == 1]
         if not layers:
             left[name] = "no layer of the exported graph reads it as its weight: its input stays float"
         made: dict[str, str] = {}
@@ -44,14 +44,3 @@ def round_inputs(proto: Any, b: Nodes, grids: Mapping[str, ActivationGrid]) -> d
                 if node.output == layer.output:
                     node.input[0] = made[x]
     return left
-
-
-def _readers(graph: Graph, value: str) -> list[tuple[Any, int]]:
-    """The operators that read a value, turned or not, and in which place."""
-    found = []
-    for node in graph.readers.get(value, []):
-        if node.op_type == "Transpose":
-            found += _readers(graph, node.output[0])
-        else:
-            found += [(node, k) for k, i in enumerate(node.input) if i == value]
-    return found

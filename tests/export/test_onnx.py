@@ -1,166 +1,293 @@
-"""ONNX models of every kind of stored weight compute what torch does, and are about as small as the file."""
+"""Whole networks as ONNX files: what onnxruntime computes is what torch computes, in about as many bytes as ours."""
 
-from importlib import import_module
+import json
+import sys
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import featherweight as fw
-from featherweight.artifact.write import plain_bytes
-from featherweight.data import batches
+from featherweight.artifact import fill
+from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
+from featherweight.export import onnx as exporting
+from featherweight.export.parity import in_onnxruntime
 from featherweight.recipe import recipe_of
+from tests import nets
 
-onnx = pytest.importorskip("onnx", reason="needs pip install 'featherweight[onnx]'")
-ort = pytest.importorskip("onnxruntime", reason="needs pip install 'featherweight[onnx]'")
-pytest.importorskip("onnxscript", reason="needs pip install 'featherweight[onnx]'")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 
 
-class Convs(nn.Module):
-    """Plain, grouped, depthwise and transposed convolutions, norms, a linear layer."""
+class Many(nn.Module):
+    """Transposed and grouped convolutions, recurrent layers of two directions, attention."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.grouped = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2)
-        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
-        self.second = nn.BatchNorm2d(16)
-        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2, groups=2)
-        self.fc = nn.Linear(8, 5)
+        self.wide = nn.Conv1d(4, 8, 3, padding=1)
+        self.norm = nn.BatchNorm1d(8)
+        self.up = nn.ConvTranspose1d(8, 6, 4, stride=2, padding=1, groups=2)
+        self.norm2 = nn.BatchNorm1d(6)
+        self.turned = nn.ConvTranspose1d(6, 8, 3, bias=False)
+        self.norm3 = nn.BatchNorm1d(8)
+        self.gru = nn.GRU(8, 6, batch_first=True, bidirectional=True, num_layers=2)
+        self.rnn = nn.RNN(12, 6, batch_first=True)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.depthwise = nn.Conv1d(6, 6, 3, groups=6)
+        self.head = nn.Linear(6, 5)
 
     def forward(self, x):
-        x = self.norm(self.first(x)).relu()
-        x = self.second(self.depthwise(self.grouped(x).relu()))
-        return self.fc(self.up(x).relu().mean(dim=(2, 3)))
+        x = torch.relu(self.norm(self.wide(x)))
+        x = torch.relu(self.norm2(self.up(x)))
+        x = self.norm3(self.turned(x))
+        x, _ = self.gru(x.transpose(1, 2))
+        x, _ = self.rnn(x)
+        x, _ = self.attention(x, x, x)
+        return self.head(self.depthwise(x.transpose(1, 2)).mean(2))
 
 
-class Words(nn.Module):
-    """Embedding, LSTM, GRU, attention, a tied weight."""
+class Solid(nn.Module):
+    """Convolutions in three and two dimensions, a BatchNorm that no layer takes in, a table of positions."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(11, 8)
-        self.lstm = nn.LSTM(8, 6, batch_first=True, bidirectional=True)
-        self.gru = nn.GRU(12, 8, batch_first=True)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.norm = nn.LayerNorm(8)
-        self.out = nn.Linear(8, 11, bias=False)
-        self.out.weight = self.embedding.weight
+        self.conv = nn.Conv3d(2, 4, 3)
+        self.turned = nn.ConvTranspose2d(8, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.layer_norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 3)
+        self.register_buffer("positions", torch.arange(8 * 16.0).reshape(1, 8, 4, 4))
 
-    def forward(self, indices):
-        x, _ = self.lstm(self.embedding(indices))
-        x, _ = self.gru(x)
-        y, _ = self.attention(x, x, x, need_weights=False)
-        return self.out(self.norm(x + y))
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).flatten(1, 2)[:, :8] + self.positions
+        x = self.norm(torch.relu(self.turned(x)))
+        return self.head(self.layer_norm(x.mean((2, 3))))
 
 
-@pytest.fixture(scope="module")
-def convs():
+def lived_in(net: nn.Module) -> nn.Module:
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+            module.weight.data.uniform_(-1.0, 1.5)  # some negative
+            module.bias.data.uniform_(-0.5, 0.5)
+    return net.eval()
+
+
+def many() -> nn.Module:
     torch.manual_seed(0)
-    net = Convs()
-    for _ in range(5):
-        net(torch.randn(16, 3, 8, 8))
-    return net.eval().requires_grad_(False), TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(5, (32,)))
+    return lived_in(Many())
 
 
-@pytest.fixture(scope="module")
-def words():
+def solid() -> nn.Module:
     torch.manual_seed(0)
-    net = Words().eval().requires_grad_(False)
-    return net, torch.randint(11, (32, 7), generator=torch.Generator().manual_seed(1))
+    return lived_in(Solid())
 
 
-GRIDS = [{"method": "rtn", "bits": bits, "symmetric": s} for bits in (2, 3, 4, 7, 8) for s in (True, False)]
-GRIDS += [{"method": "rtn", "bits": 1, "symmetric": True}]
-GRIDS += [{"method": "rtn", "bits": bits, "group": group} for bits in (2, 3, 4, 8) for group in (0, 9)]
-OTHERS = [
-    {"method": "ecq", "bits": 2.5},
-    {"method": "additive", "bits": 2},
-    {"method": "additive", "bits": 3},
-    {"method": "magnitude", "sparsity": 0.5},
-    {"method": "magnitude", "sparsity": 0.5, "bits": 3},
-    {"method": "magnitude", "sparsity": 0.6, "bits": 1, "symmetric": True},
-    {"method": "magnitude", "pattern": "2:4", "bits": 4},
-    {"method": "magnitude", "pattern": "rows", "sparsity": 0.5},
-    {"method": "magnitude", "sparsity": 0.5, "quantizer": "additive", "bits": 2},
+def example(name: str) -> torch.Tensor:
+    torch.manual_seed(1)
+    return {
+        "tiny": lambda: torch.randn(3, 3, 8, 8),
+        "words": lambda: nets.sentences()[:3],
+        "many": lambda: torch.randn(3, 4, 10),
+        "solid": lambda: torch.randn(3, 2, 6, 6, 6),
+    }[name]()
+
+
+NETS = {"tiny": nets.tiny, "words": nets.words, "many": many, "solid": solid}
+PRUNED = {"method": "magnitude", "sparsity": 0.5}
+CASES = [
+    ("tiny", {"method": "rtn", "bits": 3}),
+    ("tiny", {"method": "rtn", "bits": 8}),
+    ("tiny", {"method": "rtn", "bits": 4, "group": 5}),
+    ("tiny", {"method": "rtn", "bits": 3, "group": 0, "symmetric": True}),
+    ("tiny", PRUNED),
+    ("tiny", PRUNED | {"bits": 4, "quantizer": "gptq"}),
+    ("tiny", {"method": "tucker", "keep": 0.6}),
+    ("tiny", {"method": "spatial", "keep": 0.6}),
+    ("tiny", {"method": "dictionary", "keep": 0.5}),
+    ("words", {"method": "rtn", "bits": 4}),
+    ("words", {"method": "lowrank", "keep": 0.5, "bits": 4}),
+    ("many", {"method": "rtn", "bits": 2}),
+    ("solid", {"method": "rtn", "bits": 5}),
+    ("solid", {"method": "magnitude", "pattern": "channels", "sparsity": 0.5}),
 ]
-FACTORS = [{"method": m, "keep": 0.6} for m in ("lowrank", "spatial", "tucker", "tt", "tr", "cp", "dictionary")]
-FACTORS += [{"method": "lowrank", "keep": 0.6, "bits": 4}, {"method": "tucker", "keep": 0.6, "bits": 8}]
 
 
-def named(settings):
-    return " ".join(str(v) for v in settings.values())
-
-
-def exported(net, data, settings, path):
-    artifact = fw.compress(net, data, recipe=recipe_of(settings)).artifact
-    return artifact, fw.export_onnx(artifact, net, batches(data, 8)[0], path)
-
-
-@pytest.mark.parametrize("settings", GRIDS + OTHERS + FACTORS, ids=named)
-def test_convolutions(convs, settings, tmp_path):
-    net, data = convs
-    artifact, done = exported(net, data, settings, tmp_path / "small.onnx")
-    assert all(p.difference < 1e-4 for p in done.parity)
-    assert done.bytes == (tmp_path / "small.onnx").stat().st_size
-    model = onnx.load(tmp_path / "small.onnx")
-    large = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.raw_data) > 256]
-    assert not large, [t.name for t in large]
-    session = ort.InferenceSession(tmp_path / "small.onnx")
-    x = data.tensors[0][:3]
-    want = fw.artifact.fill(Convs(), artifact)(x)
-    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), want, rtol=1e-4, atol=1e-4)
+def exported(net, settings, x, path, **more):
+    artifact = fw.compress(net, x.repeat(4, *[1] * (x.ndim - 1)), recipe=recipe_of(settings)).artifact
+    return artifact, fw.export_onnx(artifact, net, Batch((x,), {}), path, **more)
 
 
 @pytest.mark.parametrize(
-    "settings", [GRIDS[2], GRIDS[4], GRIDS[8], GRIDS[-1], *OTHERS[:2], OTHERS[4], FACTORS[0]], ids=named
+    ("name", "settings"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
 )
-def test_recurrent_attention_and_tied(words, settings, tmp_path):
-    net, data = words
-    _, done = exported(net, data, settings, tmp_path / "small.onnx")
-    model = onnx.load(tmp_path / "small.onnx")
-    kinds = [n.op_type for n in model.graph.node]
-    assert kinds.count("LSTM") == 1
-    assert kinds.count("GRU") == 1
-    assert all(p.difference < 1e-4 for p in done.parity)
+def test_computes_what_torch_computes(name, settings, tmp_path):
+    net, x, path = NETS[name](), example(name), tmp_path / "net.onnx"
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    artifact, found = exported(net, settings, x, path)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert path.stat().st_size == found.bytes
+    assert found.left == {}
+    assert {p.samples for p in found.parity} == {1, 3}
+    with torch.no_grad():
+        expected = fill(net, artifact)(torch.cat([x, x]))
+    got = torch.from_numpy(in_onnxruntime(path)([torch.cat([x, x]).numpy()])[0])  # a batch that nobody tried
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_size_is_about_that_of_the_file(tmp_path):
+def test_no_weight_becomes_float32_again(tmp_path):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
-    for settings, most in (({"method": "rtn", "bits": 3}, 1.1), ({"method": "rtn", "bits": 4}, 1.05)):
-        artifact, done = exported(net, torch.randn(16, 256), settings, tmp_path / "small.onnx")
-        assert done.bytes < most * len(plain_bytes(artifact))
+    net = nn.Sequential(nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64))
+    x, path = torch.randn(2, 8, 6, 6), tmp_path / "net.onnx"
+    for bits, ratio in [(2, 1.1), (3, 1.15), (8, 1.1)]:
+        _, found = exported(lived_in(net), {"method": "rtn", "bits": bits}, x, path)
+        assert found.bytes <= ratio * found.file_bytes, bits
+        proto = onnx.load(path)
+        floats = [t for t in proto.graph.initializer if t.data_type == 1]
+        assert max((len(t.raw_data) for t in floats), default=0) <= 4 * 64  # a scale for each row
+        assert "BatchNormalization" not in found.operators
+        assert found.opset == {2: 25}.get(bits, 20)
+        assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-def test_a_wrong_model_is_not_written(convs, tmp_path, monkeypatch):
-    onnx_module = import_module("featherweight.export.onnx")
-    net, data = convs
-    monkeypatch.setattr(onnx_module, "TOLERANCE", -1.0)
-    with pytest.raises(FormatError):
-        exported(net, data, {"method": "rtn", "bits": 4}, tmp_path / "small.onnx")
+def test_packed_by_frequency(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(128, 128, 3), nn.ReLU())
+    net[0].weight.data.normal_()
+    x = torch.randn(2, 128, 4, 4)
+    _, plain = exported(net, {"method": "rtn", "bits": 4, "group": 0}, x, tmp_path / "a.onnx")
+    _, tight = exported(net, {"method": "rtn", "bits": 4, "group": 0}, x, tmp_path / "b.onnx", tight=True)
+    assert tight.bytes < 0.96 * plain.bytes
+
+
+def test_recurrent_operators_read_the_stored_weights(tmp_path):
+    path = tmp_path / "net.onnx"
+    _, found = exported(nets.words(), {"method": "rtn", "bits": 4}, example("words"), path)
+    graph = onnx.load(path).graph
+    makers = {o: n.op_type for n in graph.node for o in n.output}
+    (lstm,) = (n for n in graph.node if n.op_type == "LSTM")
+    assert [makers[i] for i in lstm.input[1:3]] == ["DequantizeLinear"] * 2
+    stored = Counter(t.data_type for t in graph.initializer)
+    assert stored[21] >= 3  # uint4: both weights of the LSTM, the embedding that the head is tied to
+    assert len(found.rows) == 3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_inputs(bits, tmp_path):
+    net, x = nets.tiny(), example("tiny")
+    _, found = exported(net, {"method": "rtn", "bits": 8, "activations": bits}, x, tmp_path / "net.onnx")
+    assert found.operators["QuantizeLinear"] == 3
+    assert found.operators.get("Clip", 0) == (3 if bits < 8 else 0)
+    assert found.left == {}
+
+
+def test_factors_run_as_chains(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16))
+    _, found = exported(lived_in(net), {"method": "tucker", "keep": 0.4}, torch.randn(2, 8, 6, 6), tmp_path / "n.onnx")
+    assert found.operators["Conv"] == 3
+    assert "BatchNormalization" not in found.operators
+
+
+def test_a_mismatch_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
+    right = exporting.fold_norms
+    monkeypatch.setattr(exporting, "fold_norms", lambda *given: {n: 1.01 * scale for n, scale in right(*given).items()})
+    with pytest.raises(
+        FormatError, match=r"computes something else in onnxruntime: output 0 at \(0, 0\) is .* in torch"
+    ):
+        exported(nets.tiny(), {"method": "rtn", "bits": 8}, example("tiny"), tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_file_gives_the_same_bytes(convs, tmp_path):
-    net, data = convs
-    for name in ("a", "b"):
-        exported(net, data, {"method": "additive", "bits": 2}, tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+class Fixed(nn.Module):
+    """Loops over its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.stack([self.layer(row) * k for k, row in enumerate(x)])
 
 
-def test_networks_that_cannot_be_exported_say_why(tmp_path):
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
+def test_a_fixed_batch_size_is_told(tmp_path):
+    _, found = exported(Fixed().eval(), {"method": "rtn", "bits": 8}, torch.randn(3, 4), tmp_path / "net.onnx")
+    assert any("batch size is fixed at 3" in note for note in found.notes)
+    assert {p.samples for p in found.parity} == {3}
 
-        def forward(self, x):
-            x = self.fc(x)
-            return x * 2 if float(x.sum()) > 0 else x
 
-    with pytest.raises(UsageError, match=r"torch cannot export Branches to ONNX: .+"):
-        exported(Branches().eval(), torch.randn(8, 4), {"method": "rtn", "bits": 4}, tmp_path / "small.onnx")
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def test_what_torch_cannot_export_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match="torch cannot export Branching to ONNX: "):
+        exported(Branching().eval(), {"method": "rtn", "bits": 8}, torch.randn(3, 4), tmp_path / "net.onnx")
+
+
+def test_missing_packages_print_the_install_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UsageError, match=r"pip install 'featherweight\[onnx\]'"):
+        exported(nets.tiny(), {"method": "rtn", "bits": 8}, example("tiny"), tmp_path / "net.onnx")
+
+
+@pytest.fixture
+def small(run, tmp_path):
+    file = tmp_path / "small.fw"
+    code, *_ = run("compress", "tests/nets.py:tiny", "--method", "rtn", "--bits", 4, "-o", file)
+    assert code == 0
+    return file
+
+
+def test_the_command(run, small, tmp_path):
+    path = tmp_path / "small.onnx"
+    model = "--model", "tests/nets.py:tiny"
+    code, text, _ = run("export", small, path, *model, "--input-shape", "3,8,8", "--json")
+    assert code == 0
+    found = json.loads(text)
+    assert found["bytes"] == path.stat().st_size
+    assert found["source_bytes"] == small.stat().st_size
+    assert found["parity"][0]["runtime"] == "onnxruntime"
+    proto = onnx.load(path)
+    assert {p.key: p.value for p in proto.metadata_props}["featherweight.digest"] == fw.artifact.read(small).digest()
+    code, text, _ = run("export", small, path, *model, "--data", "tests/nets.py:images", "--smallest")
+    assert code == 0
+    assert "the same outputs as torch" in text
+
+
+def test_bad_requests(run, small, tmp_path):
+    model = "--model", "tests/nets.py:tiny"
+    for args, said in [
+        ((tmp_path / "a.xyz", *model), "must end in"),
+        ((tmp_path / "a.onnx", *model), "--input-shape 3,32,32"),
+        ((tmp_path / "a.onnx", *model, "--input-shape", "3,x"), "whole numbers"),
+        (
+            (tmp_path / "a.onnx", *model, "--input-shape", "4,8,8"),
+            "does not accept the data (torch.float32 (2, 4, 8, 8))",
+        ),
+        ((tmp_path / "a.onnx", "--model", "tests/nets.py:words", "--input-shape", "3,8,8"), "does not fit"),
+        ((small, *model, "--input-shape", "3,8,8"), "must end in"),
+        ((tmp_path / "no" / "a.onnx", *model, "--input-shape", "3,8,8"), "does not exist"),
+    ]:
+        code, _, err = run("export", small, *args)
+        assert code == 2, args
+        assert said in " ".join(err.split()), args
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small.fw"]
+
+
+@pytest.mark.real
+def test_a_real_lstm_takes_what_our_file_takes(zoo, tmp_path):
+    model, data = zoo.lstm_speech(), zoo.speech_calibration()
+    artifact = fw.compress(model, data.tensors[0][:64], recipe=recipe_of({"method": "rtn", "bits": 4})).artifact
+    found = fw.export_onnx(artifact, model, Batch((data.tensors[0][:8],), {}), tmp_path / "net.onnx")
+    assert found.operators["LSTM"] == 1
+    assert found.bytes <= 1.02 * found.file_bytes
