@@ -120,6 +120,15 @@ def size(value: float) -> str:
     return f"{text}B" if value >= 1000 else f"{text} B"
 
 
+def percent(share: float) -> str:
+    """Two digits, of what is not too small for them.
+
+    >>> percent(0.0125), percent(3e-8)
+    ('1.2 %', '< 0.001 %')
+    """
+    return "< 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.2g} %"
+
+
 def _largest(facts: Facts) -> list[Any]:
     """The weights with the most bytes in fp32, in the order of the file."""
     order = sorted(range(len(facts.layers)), key=lambda i: (-facts.layers[i].dense_bytes, i))[:MOST]
@@ -139,7 +148,15 @@ def _environment(escaping: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"visible": visible, "code": code, "words": words, "count": count, "size": size, "quoted": quoted}
+    made.filters |= {
+        "visible": visible,
+        "code": code,
+        "words": words,
+        "count": count,
+        "size": size,
+        "percent": percent,
+        "quoted": quoted,
+    }
     made.globals |= {"change": change}
     return made
 
