@@ -155,19 +155,30 @@ def test_results_of_the_run_are_shown(made, run):
     assert "other sizes that the search measured" in text
     assert f"; the dense network has {said['before']['top1']:.2f}." in text
     assert "solve" in text
+    own = [("dense fp32", 2.5, 1.0), ("ours", 1.25, 2.0), ("quantize_static", 1.5, None)]
+    times = [
+        {"runtime": "onnxruntime", "what": w, "batch": b, "ms": b * ms, "lowest": ms, "highest": 9, "faster": f}
+        for b in (32, 1)
+        for w, ms, f in own
+    ]
     bench = {
-        "digest": said["digest"],
-        "rows": [timing("dense", 2.5), timing("this file", 1.25)],
-        "verdict": ["Faster."],
+        "bytes": said["file_bytes"],
+        "threads": 2,
+        "times": times,
+        "verdict": ["it is faster"],
+        "left": {"x": "why"},
     }
     (made / "bench.json").write_text(json.dumps(bench))
     text = Seen(page(made, run, "--bench", made / "bench.json")).text
-    assert "this file torch 1 1.25 ms 1 to 2" in text
-    assert "Faster." in text
-
-
-def timing(what: str, ms: float) -> dict:
-    return {"what": what, "runtime": "torch", "batch": 1, "ms": ms, "low": 1, "high": 2}
+    assert "Speed 1.25 ms dense 2.5 ms, 1 sample" in text
+    assert "It is faster." in text
+    assert "this file onnxruntime 32 40 ms 1.25 to 9 2.00" in text
+    assert "quantize_static onnxruntime 1 1.5 ms 1.5 to 9" in text
+    assert "Not timed: x: why" in text
+    (made / "bench.json").write_text(json.dumps(bench | {"bytes": 7}))
+    code, _, err = run("report", made / "small.fw", "--bench", made / "bench.json", "-o", made / "never.html")
+    assert code == 2
+    assert "about another file, of 7 bytes" in " ".join(err.split())
 
 
 def test_the_same_file_gives_the_same_page(made, run):
@@ -289,7 +300,7 @@ WRONG = {
     "is no JSON": ["--run", "text.json"],
     "run must be an object with 'digest'": ["--run", "empty.json"],
     "front must be an object with 'dense'": ["--front", "empty.json"],
-    "bench must be an object with 'digest'": ["--bench", "empty.json"],
+    "bench must be an object with 'bytes'": ["--bench", "empty.json"],
     "is about another file": ["--run", "other.json"],
     "has no function": ["--model", f"{NETS}:nothing", "--test", TEST],
     "does not fit": ["--model", f"{NETS}:words", "--test", TEST],

@@ -120,6 +120,27 @@ def size(value: float) -> str:
     return f"{text}B" if value >= 1000 else f"{text} B"
 
 
+def ms(value: float) -> str:
+    """A time in three digits.
+
+    >>> ms(1.23456), ms(1234.5)
+    ('1.23 ms', '1.23 s')
+    """
+    return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
+
+
+def plural(number: int, noun: str) -> str:
+    """>>> plural(1, "thread"), plural(2, "thread")
+    ('1 thread', '2 threads')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 def percent(share: float) -> str:
     """Two digits, of what is not too small for them.
 
@@ -148,15 +169,8 @@ def _environment(escaping: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {
-        "visible": visible,
-        "code": code,
-        "words": words,
-        "count": count,
-        "size": size,
-        "percent": percent,
-        "quoted": quoted,
-    }
+    filters = visible, code, words, quoted, count, size, percent, ms, plural, sentence
+    made.filters |= {f.__name__: f for f in filters}
     made.globals |= {"change": change}
     return made
 
