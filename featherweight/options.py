@@ -217,7 +217,9 @@ def _differing(given: Mapping[str, Any], command: Callable[..., Any]) -> dict[st
 
 
 def _option(parameter: Parameter) -> str:
-    """How the command line calls a parameter, without dashes."""
-    declared = [d for m in getattr(parameter.annotation, "__metadata__", ()) for d in m.param_decls or ()]
-    long = [d.partition("/")[0] for d in declared if d.startswith("--")]
+    """How the command line calls a parameter, without dashes; the first name that typer was given is its `default`."""
+    found = [d for m in getattr(parameter.annotation, "__metadata__", ()) for d in (m.default, *(m.param_decls or ()))]
+    long = [
+        d.partition("/")[0] for d in found if isinstance(d, str) and d.startswith("--")
+    ]  # typer's default is the first
     return long[0].removeprefix("--") if long else parameter.name.replace("_", "-")

@@ -16,13 +16,14 @@ import featherweight as fw
 from featherweight.artifact import Artifact, StoredUnit, read, write
 from featherweight.artifact.write import to_bytes
 from featherweight.cli import main
+from featherweight.commands.compressing import compress_command
 from featherweight.counting import counted, single
 from featherweight.data import batches
 from featherweight.errors import UsageError
 from featherweight.layers import View, scan
 from featherweight.lossless import pack
 from featherweight.metrics import accuracy
-from featherweight.options import named
+from featherweight.options import changed, named, told
 from featherweight.page import Given, collect, html, markdown
 from featherweight.page.chart import chart_of
 from featherweight.page.facts import Size, commands
@@ -170,10 +171,10 @@ def test_results_of_the_run_are_shown(made, run):
     }
     (made / "bench.json").write_text(json.dumps(bench))
     text = Seen(page(made, run, "--bench", made / "bench.json")).text
-    assert "Speed 1.25 ms dense 2.5 ms, 1 sample" in text
+    assert "Speed 1.25 ms dense 2.5 ms, batch 1" in text
     assert "It is faster." in text
-    assert "this file onnxruntime 32 40 ms 1.25 to 9 2.00" in text
-    assert "quantize_static onnxruntime 1 1.5 ms 1.5 to 9" in text
+    assert "this file onnxruntime 32 40 1.25 to 9 2.00" in text
+    assert "quantize_static onnxruntime 1 1.5 1.5 to 9" in text
     assert "Not timed: x: why" in text
     (made / "bench.json").write_text(json.dumps(bench | {"bytes": 7}))
     code, _, err = run("report", made / "small.fw", "--bench", made / "bench.json", "-o", made / "never.html")
@@ -417,6 +418,30 @@ def test_a_file_remembers_what_was_asked_and_no_place(made):
     artifact = read(made / "small.fw")
     kept = {k: v for k, v in about.items() if k not in ("settings", "left_alone", "torch")}
     assert len(to_bytes(artifact)) - len(to_bytes(replace(artifact, about=kept))) < 100
+
+
+def test_options_are_called_as_on_the_command_line():
+    given = {"finetune_epochs": 2, "admm_epochs": 1, "purpose": "speed", "symmetric": False, "sequential": None}
+    given |= {
+        "target_macs": "0.5x",
+        "tie": ["a"],
+        "include": None,
+        "keep": 0.5,
+        "no_repair": True,
+        "weights": Path("/a/w"),
+    }
+    assert told(given | {"test": "x", "output": Path("o")}, compress_command) == {
+        "finetune": 2,
+        "admm": 1,
+        "for": "speed",
+        "symmetric": False,
+        "target-macs": "0.5x",
+        "tie": ["a"],
+        "keep": 0.5,
+        "no-repair": True,
+        "weights": "w",
+    }
+    assert changed({"as_json": True, "output": Path("o")}, compress_command) == ["--json", "--output"]
 
 
 def test_paths_are_named_without_their_folders():

@@ -123,9 +123,11 @@ def size(value: float) -> str:
 def ms(value: float) -> str:
     """A time in three digits.
 
-    >>> ms(1.23456), ms(1234.5)
-    ('1.23 ms', '1.23 s')
+    >>> ms(1.23456), ms(1234.5), ms(0.0306)
+    ('1.23 ms', '1.23 s', '30.6 us')
     """
+    if value < 0.1:
+        return f"{1000 * value:.3g} us"
     return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
 
 
