@@ -185,6 +185,7 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[nn.Parameter, Kind, int]]:
                     yield parameter, "attention", 3 if name == "in_proj_weight" else 1
 
 
+EXCLUDED = "excluded by the recipe"
 VECTOR = "a vector: bias, norm or scale"
 _LAZY = "not initialised yet: run the network once on an example before compressing"
 
@@ -214,7 +215,7 @@ def _others(
         parameter = by_id[key]
         if key in found:
             if found[key].names not in kept:
-                yield names, parameter, "excluded by the recipe"
+                yield names, parameter, EXCLUDED
         elif key in known or isinstance(parameter, UninitializedParameter):
             yield names, parameter, _refusal(parameter) or "shared by layers that use it in different ways"
         elif ".parametrizations." in f".{names[0]}" or _REPLACED.fullmatch(names[0]):

@@ -1,7 +1,7 @@
 """The options that commands share: names, types and what `--help` says of them."""
 
 from collections.abc import Callable, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,7 +189,7 @@ def changed(given: Mapping[str, Any], command: Callable[..., Any]) -> list[str]:
     return [f"--{name}" for name in _differing(given, command)]
 
 
-UNTOLD = ("output", "test", "metric", "front", "database", "residuals", "checkpoint", "as-json", "lossless")
+UNTOLD = ("output", "test", "metric", "front", "database", "residuals", "checkpoint", "json", "lossless")
 
 
 def told(given: Mapping[str, Any], command: Callable[..., Any]) -> dict[str, Any]:
@@ -212,9 +212,14 @@ def named(value: Any) -> Any:
 
 def _differing(given: Mapping[str, Any], command: Callable[..., Any]) -> dict[str, Any]:
     """The options of a command whose values are not their defaults, by name."""
-    defaults = {name: p.default for name, p in signature(command).parameters.items()}
-    return {
-        name.removesuffix("_epochs").replace("_", "-"): value
-        for name, value in given.items()
-        if value != defaults[name]
-    }
+    known = signature(command).parameters
+    return {_option(known[name]): value for name, value in given.items() if value != known[name].default}
+
+
+def _option(parameter: Parameter) -> str:
+    """How the command line calls a parameter, without dashes; the first name that typer was given is its `default`."""
+    found = [d for m in getattr(parameter.annotation, "__metadata__", ()) for d in (m.default, *(m.param_decls or ()))]
+    long = [
+        d.partition("/")[0] for d in found if isinstance(d, str) and d.startswith("--")
+    ]  # typer's default is the first
+    return long[0].removeprefix("--") if long else parameter.name.replace("_", "-")

@@ -16,13 +16,14 @@ import featherweight as fw
 from featherweight.artifact import Artifact, StoredUnit, read, write
 from featherweight.artifact.write import to_bytes
 from featherweight.cli import main
+from featherweight.commands.compressing import compress_command
 from featherweight.counting import counted, single
 from featherweight.data import batches
 from featherweight.errors import UsageError
 from featherweight.layers import View, scan
 from featherweight.lossless import pack
 from featherweight.metrics import accuracy
-from featherweight.options import named
+from featherweight.options import changed, named, told
 from featherweight.page import Given, collect, html, markdown
 from featherweight.page.chart import chart_of
 from featherweight.page.facts import Size, commands
@@ -117,9 +118,8 @@ def test_everything_is_measured_when_asked(made, run):
     assert f"this file {(made / 'small.fw').stat().st_size:,}" in text
     assert re.search(rf"this file \S+ \S+ {after['top1']:.2f} {after['top5']:.2f} ", text)
     assert "Measured now, the file in a fresh process." in text
-    macs = counted(tiny(), single(data[0]))
-    left = sum(macs.values()) - macs["fc"]  # which is not compressed
-    assert f"Multiply-adds {left / 1000:.3g} k as many as before" in text
+    macs = sum(counted(tiny(), single(data[0])).values())
+    assert f"Multiply-adds {macs / 1000:.3g} k as many as before" in text
 
 
 def test_int4_is_rounding_with_a_scale_a_row():
@@ -142,6 +142,8 @@ def test_plain_sizes_are_those_of_the_network(make):
     artifact = fw.compress(net, method=fw.Rtn(fw.GridSpec(8))).artifact
     units, plain = scan(net).units, plain_sizes(artifact)
     assert plain.baselines == baselines(net, units)
+    excluded = fw.compress(net, recipe=fw.Recipe(fw.Rtn(fw.GridSpec(8)), exclude=(units[-1].name,))).artifact
+    assert plain_sizes(excluded) == plain
     weights = sum(u.params for u in units)
     assert plain.int4 == plain.baselines.int8 - weights + (weights + 1) // 2
 
@@ -154,19 +156,30 @@ def test_results_of_the_run_are_shown(made, run):
     assert "other sizes that the search measured" in text
     assert f"; the dense network has {said['before']['top1']:.2f}." in text
     assert "solve" in text
+    own = [("dense fp32", 2.5, 1.0), ("ours", 1.25, 2.0), ("quantize_static", 1.5, None)]
+    times = [
+        {"runtime": "onnxruntime", "what": w, "batch": b, "ms": b * ms, "lowest": ms, "highest": 9, "faster": f}
+        for b in (32, 1)
+        for w, ms, f in own
+    ]
     bench = {
-        "digest": said["digest"],
-        "rows": [timing("dense", 2.5), timing("this file", 1.25)],
-        "verdict": ["Faster."],
+        "bytes": said["file_bytes"],
+        "threads": 2,
+        "times": times,
+        "verdict": ["it is faster"],
+        "left": {"x": "why"},
     }
     (made / "bench.json").write_text(json.dumps(bench))
     text = Seen(page(made, run, "--bench", made / "bench.json")).text
-    assert "this file torch 1 1.25 ms 1 to 2" in text
-    assert "Faster." in text
-
-
-def timing(what: str, ms: float) -> dict:
-    return {"what": what, "runtime": "torch", "batch": 1, "ms": ms, "low": 1, "high": 2}
+    assert "Speed 1.25 ms dense 2.5 ms, batch 1" in text
+    assert "It is faster." in text
+    assert "this file onnxruntime 32 40 1.25 to 9 2.00" in text
+    assert "quantize_static onnxruntime 1 1.5 1.5 to 9" in text
+    assert "Not timed: x: why" in text
+    (made / "bench.json").write_text(json.dumps(bench | {"bytes": 7}))
+    code, _, err = run("report", made / "small.fw", "--bench", made / "bench.json", "-o", made / "never.html")
+    assert code == 2
+    assert "about another file, of 7 bytes" in " ".join(err.split())
 
 
 def test_the_same_file_gives_the_same_page(made, run):
@@ -288,7 +301,7 @@ WRONG = {
     "is no JSON": ["--run", "text.json"],
     "run must be an object with 'digest'": ["--run", "empty.json"],
     "front must be an object with 'dense'": ["--front", "empty.json"],
-    "bench must be an object with 'digest'": ["--bench", "empty.json"],
+    "bench must be an object with 'bytes'": ["--bench", "empty.json"],
     "is about another file": ["--run", "other.json"],
     "has no function": ["--model", f"{NETS}:nothing", "--test", TEST],
     "does not fit": ["--model", f"{NETS}:words", "--test", TEST],
@@ -405,6 +418,30 @@ def test_a_file_remembers_what_was_asked_and_no_place(made):
     artifact = read(made / "small.fw")
     kept = {k: v for k, v in about.items() if k not in ("settings", "left_alone", "torch")}
     assert len(to_bytes(artifact)) - len(to_bytes(replace(artifact, about=kept))) < 100
+
+
+def test_options_are_called_as_on_the_command_line():
+    given = {"finetune_epochs": 2, "admm_epochs": 1, "purpose": "speed", "symmetric": False, "sequential": None}
+    given |= {
+        "target_macs": "0.5x",
+        "tie": ["a"],
+        "include": None,
+        "keep": 0.5,
+        "no_repair": True,
+        "weights": Path("/a/w"),
+    }
+    assert told(given | {"test": "x", "output": Path("o")}, compress_command) == {
+        "finetune": 2,
+        "admm": 1,
+        "for": "speed",
+        "symmetric": False,
+        "target-macs": "0.5x",
+        "tie": ["a"],
+        "keep": 0.5,
+        "no-repair": True,
+        "weights": "w",
+    }
+    assert changed({"as_json": True, "output": Path("o")}, compress_command) == ["--json", "--output"]
 
 
 def test_paths_are_named_without_their_folders():

@@ -44,11 +44,15 @@ def full_page() -> str:
     data, metrics = to_bytes(artifact), {"top1": 91.5, "top5": 99.0, "a metric of mine": 0.1234}
     plain = {name: {k: v - 1 - i for k, v in metrics.items()} for i, name in enumerate(("half", "int8", "int4"))}
     points = tuple(Point(900 * 2**i, 0.1, 0.1, {"top1": 85.0 + i}) for i in range(7))
-    rows = tuple(Timing(w, "onnxruntime", 1, 1.5, 1.4, 1.7) for w in ("dense fp32", "this file, whole numbers"))
+    times = tuple(Timing("onnxruntime", w, 1, 1.5, 1.4, 1.7, 1.0) for w in ("dense fp32", "ours", "quantize_static"))
     given = Given(
-        None, Front(Dense(10**6, metrics), points[3], points), Bench("", rows, "a machine", 2, ("It is not faster.",))
+        None,
+        Front(Dense(10**6, metrics), points[3], points),
+        Bench(len(data), 2, times, {LONG: LONG}, ("it is small, but not faster",)),
     )
-    return html(collect("small.fw", artifact, data, given, Measured(metrics, metrics, plain, {LONG: (10**7, 10**6)})))
+    return html(
+        collect("small.fw", artifact, data, given, Measured(metrics, metrics, plain, {LONG: (9, 3)}, (10**7, 10**6)))
+    )
 
 
 FRAME = """<!doctype html><title>frame</title><body style="margin:0">

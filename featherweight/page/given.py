@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -18,6 +18,7 @@ from featherweight.layers import LeftAlone
 from featherweight.repair import Repair
 
 T = TypeVar("T")
+DENSE, OURS = "dense fp32", "ours"  # as `bench` calls them
 
 
 @final
@@ -61,27 +62,38 @@ class Front:
 @final
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One program at one batch size. ms: median of one call, in milliseconds; low, high: the spread around it."""
+    """One network in one runtime. ms: median of a call with `batch` samples; lowest, highest: of all rounds. faster:
+    how many times, than the dense network in the same runtime; None where that was not timed."""
 
-    what: str
     runtime: str
+    what: str
     batch: int
     ms: float
-    low: float
-    high: float
+    lowest: float
+    highest: float
+    faster: float | None = None
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Of `bench --json`: times of one run, in which all programs took turns. digest: of the file that was timed.
-    verdict: what came of it, in sentences."""
+    """Of `bench --json`: times of one run, in which all took turns. bytes: of the file that was timed. left: what was
+    not timed, and why. verdict: what came of it, in sentences. random_inputs: whether there were no data."""
 
-    digest: str
-    rows: tuple[Timing, ...]
-    machine: str = ""
-    threads: int = 0
+    bytes: int
+    threads: int
+    times: tuple[Timing, ...]
+    left: dict[str, str] = field(default_factory=dict)
     verdict: tuple[str, ...] = ()
+    random_inputs: bool = False
+
+    @property
+    def best(self) -> tuple[Timing, Timing | None] | None:
+        """The fastest of the file's own at the smallest batch, and the fastest of the dense ones there."""
+        least = min(t.batch for t in self.times)
+        own, dense = ([t for t in self.times if t.batch == least and t.what == w] for w in (OURS, DENSE))
+        fastest = min(own, key=lambda t: t.ms, default=None)
+        return None if fastest is None else (fastest, min(dense, key=lambda t: t.ms, default=None))
 
 
 @final
@@ -105,12 +117,13 @@ def read_given(run: Path | None, front: Path | None, bench: Path | None, digest:
         None if front is None else _read(front, Front, "--front", "compress --front"),
         None if bench is None else _read(bench, Bench, "--bench", "bench --json"),
     )
-    for place, result in ((run, found.run), (bench, found.bench)):
-        if result is not None and result.digest != digest:
-            raise UsageError(f"{place} is about another file: it decodes to {result.digest}, this one to {digest}")
-    if found.front is not None and found.front.chosen.bytes != size:
-        raise UsageError(f"{front} is about a file of {found.front.chosen.bytes:,} bytes, this one has {size:,}")
-    if found.bench is not None and not found.bench.rows:
+    if found.run is not None and found.run.digest != digest:
+        raise UsageError(f"{run} is about another file: it decodes to {found.run.digest}, this one to {digest}")
+    sizes = [(front, found.front and found.front.chosen.bytes), (bench, found.bench and found.bench.bytes)]
+    for place, own in sizes:
+        if own is not None and own != size:
+            raise UsageError(f"{place} is about another file, of {own:,} bytes; this one has {size:,}")
+    if found.bench is not None and not found.bench.times:
         raise UsageError(f"{bench} holds no time; `bench --json` prints some")
     return found
 

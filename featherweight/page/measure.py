@@ -12,10 +12,10 @@ from torch import nn
 
 from featherweight.artifact import Artifact, fill
 from featherweight.candidates import operations
-from featherweight.counting import LAYERS, dense_macs, places, single
+from featherweight.counting import LAYERS, counted, dense_macs, places, single
 from featherweight.data import batches
 from featherweight.errors import UsageError
-from featherweight.layers import scan
+from featherweight.layers import EXCLUDED, View, scan
 from featherweight.methods import GridSpec
 from featherweight.methods.grids import choose
 from featherweight.proof import meter, prove
@@ -39,30 +39,38 @@ class Plain:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """before, after: metrics of the dense network and of the file. plain: of `half`, `int8` and `int4`. macs: of one
-    sample by weight, dense and as stored; macs_note: what is not in them, or why there are none."""
+    sample by weight, dense and as stored; total: of the whole network, None where nothing was counted; macs_note: what
+    is not in them, or why there are none."""
 
     before: dict[str, float]
     after: dict[str, float]
     plain: dict[str, dict[str, float]]
     macs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    total: tuple[int, int] | None = None
     macs_note: str = ""
 
-    @property
-    def total(self) -> tuple[int, int] | None:
-        """Of all weights that were counted."""
-        if not self.macs:
-            return None
-        return sum(m[0] for m in self.macs.values()), sum(m[1] for m in self.macs.values())
+
+def matrices(artifact: Artifact) -> dict[str, View]:
+    """Every weight that could be compressed, by its first name: those of the file, and those that it says were
+    excluded. The latter are seen as if their outputs came first."""
+    said = artifact.about.get("left_alone")
+    excluded = said.get(EXCLUDED) if isinstance(said, dict) else None
+    names = [n for n in excluded if isinstance(n, str)] if isinstance(excluded, list) else []
+    found = {u.names[0]: u.view for u in artifact.units}
+    return found | {
+        n: View(tuple(artifact.rest[n].shape)) for n in names if n in artifact.rest and artifact.rest[n].ndim > 1
+    }
 
 
 def plain_sizes(artifact: Artifact) -> Plain:
     """Counted from what the file restores, which is all that the dense network had."""
     real = sum(t.numel() for t in artifact.rest.values() if t.is_floating_point())
     real += sum(4 * len(x.scale) for x in artifact.norms)  # weight, bias, mean and variance
-    weights = sum(u.weight.shape[0] * u.weight.shape[1] for u in artifact.units)
-    scales = sum(u.weight.shape[0] for u in artifact.units)
-    other = 4 * (real + scales)
-    return Plain(Baselines(4 * (real + weights), 2 * (real + weights), other + weights), other + -(-weights // 2))
+    real += sum(u.weight.shape[0] * u.weight.shape[1] for u in artifact.units)
+    shapes = [view.matrix_shape for view in matrices(artifact).values()]
+    weights, scales = sum(rows * cols for rows, cols in shapes), sum(rows for rows, _ in shapes)
+    other = 4 * (real - weights + scales)
+    return Plain(Baselines(4 * real, 2 * real, other + weights), other + -(-weights // 2))
 
 
 def measure(
@@ -93,9 +101,9 @@ def measure(
     for i, (name, store) in enumerate((("half", _half), ("int8", stored_in(8)), ("int4", stored_in(4)))):
         plain[name] = measured(store(copy.deepcopy(dense), artifact))
         progress("measure", 3 + i, steps)
-    macs, note = count(dense, artifact, test, batch_size)
+    counts = count(dense, artifact, test, batch_size)
     progress("measure", steps, steps)
-    return Measured(before, after, plain, macs, note)
+    return Measured(before, after, plain, *counts)
 
 
 @torch.no_grad()
@@ -108,29 +116,31 @@ def _half(net: nn.Module, artifact: Artifact) -> nn.Module:
 
 
 def stored_in(bits: int) -> Callable[[nn.Module, Artifact], nn.Module]:
-    """Every weight that the file compresses, rounded to the nearest of so many bits, one scale a row."""
+    """Every weight of `matrices`, rounded to the nearest of so many bits, one scale a row."""
 
     @torch.no_grad()
     def store(net: nn.Module, artifact: Artifact) -> nn.Module:
-        for unit in artifact.units:
-            parameter = net.get_parameter(unit.names[0])
-            w = unit.view.matrix(parameter.detach().cpu())
-            points = choose(w.double(), GridSpec(bits, symmetric=True))
-            parameter.copy_(unit.view.tensor(points.grid(points.round(w.double())).dense()))
+        for name, view in matrices(artifact).items():
+            parameter = net.get_parameter(name)
+            w = view.matrix(parameter.detach().cpu()).double()
+            points = choose(w, GridSpec(bits, symmetric=True))
+            parameter.copy_(view.tensor(points.grid(points.round(w)).dense()))
         return net
 
     return store
 
 
-def count(dense: nn.Module, artifact: Artifact, test: str, batch_size: int) -> tuple[dict[str, tuple[int, int]], str]:
-    """Multiply-adds of one sample by weight, dense and as the file stores it, and what was left out. Factors count as
-    the layers that they can run as, removed rows and channels as gone, single zeros not."""
+def count(
+    dense: nn.Module, artifact: Artifact, test: str, batch_size: int
+) -> tuple[dict[str, tuple[int, int]], tuple[int, int] | None, str]:
+    """Multiply-adds of one sample, dense and as the file stores it, by weight and of all layers; and what was left out.
+    Factors count as the layers that they can run as, removed rows and channels as gone, single zeros not."""
     try:
         sample = single(batches(call(test), batch_size)[0])
     except UsageError as error:
-        return {}, f"the test data are no batches of inputs ({error})"
+        return {}, None, f"the test data are no batches of inputs ({error})"
     if sample.size != 1:
-        return {}, "the test data cannot be cut into single samples"
+        return {}, None, "the test data cannot be cut into single samples"
     units = {u.names[0]: u for u in scan(dense).units}
     stored = {u.names[0]: u.weight for u in artifact.units if u.names[0] in units}
     owners = {n: n.rpartition(".")[0] for n in stored if units[n].kind != "attention"}
@@ -142,5 +152,7 @@ def count(dense: nn.Module, artifact: Artifact, test: str, batch_size: int) -> t
         before = dense_macs(unit.view, unit.kind, seen)
         after = operations(stored[name], unit, before / unit.params, 0, None, seen)["macs"]
         found[name] = before, after
+    whole = sum(counted(dense, sample).values())
     left = len(artifact.units) - len(found)
-    return found, f"{left} weights of attention or layers of your own are not counted" if left else ""
+    note = f"{left} weights of attention or layers of your own are not counted" if left else ""
+    return found, (whole, whole - sum(b - a for b, a in found.values())), note

@@ -101,7 +101,7 @@ def change(after: float, before: float) -> str:
 def count(value: float) -> str:
     """A large number in three digits.
 
-    >>> count(40_550_000), count(999)
+    >>> count(40_560_000), count(999)
     ('40.6 M', '999')
     """
     for power, unit in ((9, "G"), (6, "M"), (3, "k")):
@@ -118,6 +118,40 @@ def size(value: float) -> str:
     """
     text = count(value)
     return f"{text}B" if value >= 1000 else f"{text} B"
+
+
+def ms(value: float) -> str:
+    """A time in three digits.
+
+    >>> ms(1.23456), ms(1234.5), ms(0.0306)
+    ('1.23 ms', '1.23 s', '30.6 us')
+    """
+    if value < 0.1:
+        return f"{1000 * value:.3g} us"
+    return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> plural(1, "thread"), plural(2, "thread")
+    ('1 thread', '2 threads')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def percent(share: float) -> str:
+    """Two digits, of what is not too small for them.
+
+    >>> percent(0.0125), percent(3e-8)
+    ('1.2 %', '< 0.001 %')
+    """
+    return "< 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.2g} %"
 
 
 def _largest(facts: Facts) -> list[Any]:
@@ -139,7 +173,8 @@ def _environment(escaping: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"visible": visible, "code": code, "words": words, "count": count, "size": size, "quoted": quoted}
+    filters = visible, code, words, quoted, count, size, percent, ms, plural, sentence
+    made.filters |= {f.__name__: f for f in filters}
     made.globals |= {"change": change}
     return made
 
