@@ -174,8 +174,8 @@ def times(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, Any
     rows = []
     for batch in (1, 32):
         x = torch.randn(batch, *facts["shape"], generator=torch.Generator().manual_seed(0)).numpy()
-        sessions = [in_onnxruntime(path) for path in chosen.values()]
-        runs = [lambda run=run, x=x: run([x]) for run in sessions]
+        loaded = [in_onnxruntime(path) for path in chosen.values()]
+        runs = [lambda run=run, x=x: run([x]) for run in loaded]
         found = dict(zip(chosen, in_turns(runs, rounds, seconds), strict=True))
         for what, own in found.items():
             ratios = sorted(a / b for a, b in zip(found[DENSE], own, strict=True))

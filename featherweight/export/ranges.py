@@ -22,6 +22,8 @@ from featherweight.errors import UsageError
 from featherweight.export.codes import Codes
 from featherweight.export.structure import WEIGHTED, Structure, channel_axis
 
+ZERO = ActivationGrid(8, 2.0**-8, 0)  # of a tensor that is zero on all samples
+
 Stream = dict[str, list[np.ndarray]]  # tensor -> its values for every batch
 
 
@@ -84,7 +86,7 @@ def _settle(graph: Structure, name: str, float_stream: Stream, stream: Stream, f
         values = _sampled(stream[name])
         if not np.isfinite(values).all():
             raise UsageError(f"'{name}' holds NaN or infinite values on the calibration data; it cannot be int8")
-        found.grids[origin] = best_grid(torch.from_numpy(values), 8) or ActivationGrid(8, 1.0, 0)
+        found.grids[origin] = best_grid(torch.from_numpy(values), 8) or ZERO
     if origin == name:
         grid = found.grids[origin]
         stream[name] = [grid.simulate(torch.from_numpy(x)).numpy() for x in stream[name]]
