@@ -14,6 +14,7 @@ from math import inf
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from featherweight.activations import ActivationGrid
 from featherweight.export.ranges import session_of
 from featherweight.export.structure import Structure, attribute, computable, structure
 
@@ -22,13 +23,16 @@ MOST = 16.0  # that a channel is multiplied by
 OPSET = 18  # from which on axes are an input
 
 
-def equalized(model: ModelProto, samples: Sequence[Mapping[str, np.ndarray]]) -> tuple[ModelProto, frozenset[str]]:
-    """A copy of a tidied float model that computes the same on the samples, and the tensors in it that were scaled."""
+def equalized(
+    model: ModelProto, samples: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[ModelProto, dict[str, ActivationGrid]]:
+    """A copy of a tidied float model that computes the same on the samples, and grids for the tensors in it that were
+    scaled: from end to end, as an error counts less the more a channel was multiplied by."""
     model = ModelProto.FromString(model.SerializeToString())
     graph = structure(model)
     pairs = _pairs(graph)
     if not pairs or next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")) < OPSET:
-        return model, frozenset()
+        return model, {}
     reached = _reached(model, list(pairs), samples)
     constants = {t.name: t for t in model.graph.initializer}
 
@@ -37,9 +41,14 @@ def equalized(model: ModelProto, samples: Sequence[Mapping[str, np.ndarray]]) ->
         scaled = value * factor.reshape(-1, *[1] * (value.ndim - 1))
         constants[name].CopyFrom(numpy_helper.from_array(scaled.astype(np.float32), name))
 
+    grids = {}
     for name, (first, second, cap) in pairs.items():
         largest = reached[name]
         top = largest.max()
+        if not 0 < top < inf:
+            continue  # nothing reached it, or what is not finite, which is refused later
+        step = float(np.float32(top / 255 if name in graph.cut else top / 127))
+        grids[name] = ActivationGrid(8, step, 0 if name in graph.cut else 128)
         seen = largest > top / (MOST * ROOM)
         factor = np.where(seen, top / (ROOM * np.maximum(largest, top * 1e-6)), MOST)
         factor = np.where((largest >= cap) | (factor < 1) | (largest == 0), 1.0, factor)
@@ -48,7 +57,7 @@ def equalized(model: ModelProto, samples: Sequence[Mapping[str, np.ndarray]]) ->
             times(first.input[2], factor)
         each = numpy_helper.to_array(constants[second.input[1]]).shape[0] // len(factor)
         times(second.input[1], 1 / np.repeat(factor, each))
-    return model, frozenset(pairs)
+    return model, grids
 
 
 def _pairs(graph: Structure) -> dict[str, tuple[NodeProto, NodeProto, float]]:

@@ -50,15 +50,15 @@ def int8_graph(
     plain = tidied(float_model)
     if not weights_of(plain, artifact):
         raise UsageError("the network has no convolution or linear layer that could be int8")
-    scaled, moved = equalized(plain, samples)
+    scaled, ends = equalized(plain, samples)
     graph = structure(scaled)
     weighted, codes, units = _codes(graph, artifact)
     known: dict[str, ActivationGrid] = {}
     for node in weighted:
         unit = units.get(node.input[1])
-        if unit is not None and unit.input is not None and unit.input.bits == 8 and node.input[0] not in moved:
+        if unit is not None and unit.input is not None and unit.input.bits == 8 and node.input[0] not in ends:
             known.setdefault(graph.rounded[node.input[0]], unit.input)
-    found = fitted(graph, codes, known, samples, progress)
+    found = fitted(graph, codes, known, ends, samples, progress)
     return _Writer(graph, codes, found).model()
 
 

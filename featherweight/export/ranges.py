@@ -41,15 +41,17 @@ def fitted(
     graph: Structure,
     codes: Mapping[str, Codes],
     known: Mapping[str, ActivationGrid],
+    ends: Mapping[str, ActivationGrid],
     samples: Sequence[Mapping[str, np.ndarray]],
     progress: Callable[[str, int, int], None],
 ) -> Fitted:
-    """Run every node once. codes: of the weights, by name. known: the grids that a file has, by tensor.
+    """Run every node once. codes: of the weights, by name. known: the grids that a file has, by tensor; ends:
+    grids that other tensors have got.
 
     Raises:
         UsageError: a tensor that must be rounded is not finite, or a node cannot run.
     """
-    found = Fitted(dict(known))
+    found = Fitted(dict(known) | dict(ends))
     float_stream: Stream = {n: [s[n] for s in samples] for n in graph.inputs}
     stream: Stream = dict(float_stream)
     for name in graph.inputs:
