@@ -237,11 +237,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.15, help="of each file and round, about")
     given = parser.parse_args()
-    torch.set_num_threads(THREADS)
     if given.what == "files":
         for name in given.only:
             files(name, given.folder, given.zoo.resolve(), given.nncf)
         return 0
+    torch.set_num_threads(THREADS)
     results = {name: times(name, given.folder, given.rounds, given.seconds) for name in given.only}
     facts = facts_of_run()
     text = table(results, facts)

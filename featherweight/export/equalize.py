@@ -18,7 +18,7 @@ from featherweight.activations import ActivationGrid
 from featherweight.export.ranges import session_of
 from featherweight.export.structure import Structure, attribute, computable, structure
 
-ROOM = 1.1  # what a channel may reach beyond what it did on the samples
+ROOM = 2.0  # of what a channel reached on the samples: what it may reach elsewhere
 MOST = 16.0  # that a channel is multiplied by
 OPSET = 18  # from which on axes are an input
 
