@@ -18,7 +18,8 @@ from featherweight.activations import ActivationGrid
 from featherweight.export.ranges import session_of
 from featherweight.export.structure import Structure, attribute, computable, structure
 
-ROOM = 2.0  # of what a channel reached on the samples: what it may reach elsewhere
+ROOM = 1.1  # times what a channel reached on the samples
+SPREADS = 6.0
 MOST = 16.0  # that a channel is multiplied by
 OPSET = 18  # from which on axes are an input
 
@@ -33,7 +34,7 @@ def equalized(
     pairs = _pairs(graph)
     if not pairs or next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")) < OPSET:
         return model, {}
-    reached = _reached(model, list(pairs), samples)
+    reached = _reached(model, pairs, samples)
     constants = {t.name: t for t in model.graph.initializer}
 
     def times(name: str, factor: np.ndarray) -> None:
@@ -43,15 +44,13 @@ def equalized(
 
     grids = {}
     for name, (first, second, cap) in pairs.items():
-        largest = reached[name]
+        largest = np.minimum(reached[name], cap)
         top = largest.max()
         if not 0 < top < inf:
             continue  # nothing reached it, or what is not finite, which is refused later
         step = float(np.float32(top / 255 if name in graph.cut else top / 127))
         grids[name] = ActivationGrid(8, step, 0 if name in graph.cut else 128)
-        seen = largest > top / (MOST * ROOM)
-        factor = np.where(seen, top / (ROOM * np.maximum(largest, top * 1e-6)), MOST)
-        factor = np.where((largest >= cap) | (factor < 1) | (largest == 0), 1.0, factor)
+        factor = np.clip(top / np.maximum(largest, top * 1e-6), 1.0, MOST)
         times(first.input[1], factor)
         if len(first.input) > 2:
             times(first.input[2], factor)
@@ -82,20 +81,36 @@ def _pairs(graph: Structure) -> dict[str, tuple[NodeProto, NodeProto, float]]:
 
 
 def _reached(
-    model: ModelProto, names: Sequence[str], samples: Sequence[Mapping[str, np.ndarray]]
+    model: ModelProto,
+    pairs: Mapping[str, tuple[NodeProto, NodeProto, float]],
+    samples: Sequence[Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """The largest magnitude of every channel, (channels,) float64, by tensor."""
+    """What every channel may reach, (channels,) float64, by tensor: the largest magnitude on the samples with some
+    room, or SPREADS standard deviations from the mean of what the first layer computes, whichever is more. Channels of
+    late layers wait for what few samples show."""
     looked = ModelProto.FromString(model.SerializeToString())
     del looked.graph.output[:]
-    axes = {n.output[0]: n for n in looked.graph.node}
-    kept = [numpy_helper.from_array(np.array([0, 2, 3]), "every_axis_but_channels")]
-    looked.graph.initializer.extend(kept)
-    for name in names:
-        assert name in axes
-        absolute, largest = f"{name}_absolute", f"{name}_largest"
-        looked.graph.node.append(helper.make_node("Abs", [name], [absolute]))
-        looked.graph.node.append(helper.make_node("ReduceMax", [absolute, kept[0].name], [largest], keepdims=0))
-        looked.graph.output.append(helper.make_tensor_value_info(largest, TensorProto.FLOAT, None))
+    axes = numpy_helper.from_array(np.array([0, 2, 3]), "every_axis_but_channels")
+    looked.graph.initializer.append(axes)
+    for name, (first, _, _) in pairs.items():
+        before = first.output[0]
+        made = [
+            helper.make_node("Abs", [name], [f"{name}_absolute"]),
+            helper.make_node("ReduceMax", [f"{name}_absolute", axes.name], [f"{name}_largest"], keepdims=0),
+            helper.make_node("ReduceMean", [before, axes.name], [f"{name}_mean"], keepdims=0),
+            helper.make_node("Mul", [before, before], [f"{name}_squares"]),
+            helper.make_node("ReduceMean", [f"{name}_squares", axes.name], [f"{name}_square"], keepdims=0),
+        ]
+        looked.graph.node.extend(made)
+        for what in ("largest", "mean", "square"):
+            looked.graph.output.append(helper.make_tensor_value_info(f"{name}_{what}", TensorProto.FLOAT, None))
     session = session_of(looked.SerializeToString())
-    found = [session.run(None, dict(s)) for s in samples]
-    return {name: np.max([batch[k] for batch in found], axis=0).astype(np.float64) for k, name in enumerate(names)}
+    found = [[np.asarray(x, np.float64) for x in session.run(None, dict(s))] for s in samples]
+    reached = {}
+    for k, name in enumerate(pairs):
+        largest = np.max([batch[3 * k] for batch in found], axis=0)
+        mean, square = (np.mean([batch[3 * k + i] for batch in found], axis=0) for i in (1, 2))
+        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        both = np.abs(mean) if pairs[name][0].output[0] == name else mean  # without Relu, below zero counts as well
+        reached[name] = np.maximum(ROOM * largest, both + SPREADS * spread)
+    return reached
