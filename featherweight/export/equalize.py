@@ -15,7 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from featherweight.activations import ActivationGrid
-from featherweight.export.ranges import session_of
+from featherweight.export.ranges import Scaled, session_of
 from featherweight.export.structure import Structure, attribute, computable, structure
 
 ROOM = 1.1  # times what a channel reached on the samples
@@ -24,11 +24,9 @@ MOST = 16.0  # that a channel is multiplied by
 OPSET = 18  # from which on axes are an input
 
 
-def equalized(
-    model: ModelProto, samples: Sequence[Mapping[str, np.ndarray]]
-) -> tuple[ModelProto, dict[str, ActivationGrid]]:
-    """A copy of a tidied float model that computes the same on the samples, and grids for the tensors in it that were
-    scaled: from end to end, as an error counts less the more a channel was multiplied by."""
+def equalized(model: ModelProto, samples: Sequence[Mapping[str, np.ndarray]]) -> tuple[ModelProto, dict[str, Scaled]]:
+    """A copy of a tidied float model that computes the same on the samples, and the tensors in it that were scaled.
+    Their grids go from end to end, as an error counts less the more a channel was multiplied by."""
     model = ModelProto.FromString(model.SerializeToString())
     graph = structure(model)
     pairs = _pairs(graph)
@@ -39,24 +37,24 @@ def equalized(
 
     def times(name: str, factor: np.ndarray) -> None:
         value = numpy_helper.to_array(constants[name])
-        scaled = value * factor.reshape(-1, *[1] * (value.ndim - 1))
-        constants[name].CopyFrom(numpy_helper.from_array(scaled.astype(np.float32), name))
+        made = value * factor.reshape(-1, *[1] * (value.ndim - 1))
+        constants[name].CopyFrom(numpy_helper.from_array(made.astype(np.float32), name))
 
-    grids = {}
+    scaled = {}
     for name, (first, second, cap) in pairs.items():
         largest = np.minimum(reached[name], cap)
         top = largest.max()
         if not 0 < top < inf:
             continue  # nothing reached it, or what is not finite, which is refused later
         step = float(np.float32(top / 255 if name in graph.cut else top / 127))
-        grids[name] = ActivationGrid(8, step, 0 if name in graph.cut else 128)
         factor = np.clip(top / np.maximum(largest, top * 1e-6), 1.0, MOST)
+        scaled[name] = Scaled(ActivationGrid(8, step, 0 if name in graph.cut else 128), factor)
         times(first.input[1], factor)
         if len(first.input) > 2:
             times(first.input[2], factor)
         each = numpy_helper.to_array(constants[second.input[1]]).shape[0] // len(factor)
         times(second.input[1], 1 / np.repeat(factor, each))
-    return model, grids
+    return model, scaled
 
 
 def _pairs(graph: Structure) -> dict[str, tuple[NodeProto, NodeProto, float]]:

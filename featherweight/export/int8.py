@@ -56,7 +56,7 @@ def int8_graph(
     known: dict[str, ActivationGrid] = {}
     for node in weighted:
         unit = units.get(node.input[1])
-        if unit is not None and unit.input is not None and unit.input.bits == 8 and node.input[0] not in ends:
+        if unit is not None and unit.input is not None and unit.input.bits == 8:
             known.setdefault(graph.rounded[node.input[0]], unit.input)
     found = fitted(graph, codes, known, ends, samples, progress)
     return _Writer(graph, codes, found).model()
