@@ -174,8 +174,8 @@ def times(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, Any
     rows = []
     for batch in (1, 32):
         x = torch.randn(batch, *facts["shape"], generator=torch.Generator().manual_seed(0)).numpy()
-        sessions = [in_onnxruntime(path) for path in chosen.values()]
-        runs = [lambda run=run, x=x: run([x]) for run in sessions]
+        loaded = [in_onnxruntime(path) for path in chosen.values()]
+        runs = [lambda run=run, x=x: run([x]) for run in loaded]
         found = dict(zip(chosen, in_turns(runs, rounds, seconds), strict=True))
         for what, own in found.items():
             ratios = sorted(a / b for a, b in zip(found[DENSE], own, strict=True))
@@ -237,11 +237,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.15, help="of each file and round, about")
     given = parser.parse_args()
-    torch.set_num_threads(THREADS)
     if given.what == "files":
         for name in given.only:
             files(name, given.folder, given.zoo.resolve(), given.nncf)
         return 0
+    torch.set_num_threads(THREADS)
     results = {name: times(name, given.folder, given.rounds, given.seconds) for name in given.only}
     facts = facts_of_run()
     text = table(results, facts)

@@ -4,17 +4,17 @@ import json
 
 import pytest
 
+from featherweight.cli import main
 from featherweight.demo import digits
 from featherweight.race import DENSE, OURS, Time, _verdict, in_turns
 
 MODEL, DATA = f"{digits.__name__}:make", f"{digits.__name__}:calibration"
 
 
-@pytest.fixture
-def fast(run, tmp_path):
-    file = tmp_path / "small.fw"
-    code, _, err = run("compress", MODEL, "--for", "speed", "--data", DATA, "-o", file, "--json")
-    assert code == 0, err
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    file = tmp_path_factory.mktemp("files") / "small.fw"
+    assert main(["compress", MODEL, "--for", "speed", "--data", DATA, "-o", str(file), "--json"]) == 0
     return file
 
 

@@ -22,7 +22,18 @@ from featherweight.errors import UsageError
 from featherweight.export.codes import Codes
 from featherweight.export.structure import WEIGHTED, Structure, channel_axis
 
+ZERO = ActivationGrid(8, 2.0**-8, 0)  # of a tensor that is zero on all samples
+
 Stream = dict[str, list[np.ndarray]]  # tensor -> its values for every batch
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaled:
+    """The grid of a tensor whose channels were multiplied by `factor`, float64 (channels,)."""
+
+    grid: ActivationGrid
+    factor: np.ndarray
 
 
 @final
@@ -39,15 +50,17 @@ def fitted(
     graph: Structure,
     codes: Mapping[str, Codes],
     known: Mapping[str, ActivationGrid],
+    scaled: Mapping[str, Scaled],
     samples: Sequence[Mapping[str, np.ndarray]],
     progress: Callable[[str, int, int], None],
 ) -> Fitted:
-    """Run every node once. codes: of the weights, by name. known: the grids that a file has, by tensor.
+    """Run every node once. codes: of the weights, by name. known: the grids that a file has, by tensor, as it
+    was before some were scaled.
 
     Raises:
         UsageError: a tensor that must be rounded is not finite, or a node cannot run.
     """
-    found = Fitted(dict(known))
+    found = Fitted(dict(known) | {name: s.grid for name, s in scaled.items()})
     float_stream: Stream = {n: [s[n] for s in samples] for n in graph.inputs}
     stream: Stream = dict(float_stream)
     for name in graph.inputs:
@@ -57,7 +70,7 @@ def fitted(
         progress("ranges", i, len(graph.nodes))
         own, weighted = node.output[0], node.op_type in WEIGHTED and node.input[1] in codes
         bias = _bias(graph, node) if weighted else None
-        float_stream |= _run(graph, node, _as_the_file_says(graph, node, float_stream, known), {}, bias)
+        float_stream |= _run(graph, node, _as_the_file_says(graph, node, float_stream, known, scaled), {}, bias)
         rounded = {node.input[1]: codes[node.input[1]].dense().astype(np.float32)} if weighted else {}
         stream |= _run(graph, node, stream, rounded, bias)
         if bias is not None:
@@ -84,17 +97,25 @@ def _settle(graph: Structure, name: str, float_stream: Stream, stream: Stream, f
         values = _sampled(stream[name])
         if not np.isfinite(values).all():
             raise UsageError(f"'{name}' holds NaN or infinite values on the calibration data; it cannot be int8")
-        found.grids[origin] = best_grid(torch.from_numpy(values), 8) or ActivationGrid(8, 1.0, 0)
+        found.grids[origin] = best_grid(torch.from_numpy(values), 8) or ZERO
     if origin == name:
         grid = found.grids[origin]
         stream[name] = [grid.simulate(torch.from_numpy(x)).numpy() for x in stream[name]]
 
 
-def _as_the_file_says(graph: Structure, node: NodeProto, stream: Stream, known: Mapping[str, ActivationGrid]) -> Stream:
-    grid = known.get(graph.rounded.get(node.input[0], "")) if node.op_type in WEIGHTED else None
+def _as_the_file_says(
+    graph: Structure,
+    node: NodeProto,
+    stream: Stream,
+    known: Mapping[str, ActivationGrid],
+    scaled: Mapping[str, Scaled],
+) -> Stream:
+    name = node.input[0]
+    grid = known.get(graph.rounded.get(name, "")) if node.op_type in WEIGHTED else None
     if grid is None:
         return stream
-    return stream | {node.input[0]: [grid.simulate(torch.from_numpy(x)).numpy() for x in stream[node.input[0]]]}
+    factor = scaled[name].factor.reshape(1, -1, 1, 1).astype(np.float32) if name in scaled else np.float32(1)
+    return stream | {name: [grid.simulate(torch.from_numpy(x / factor)).numpy() * factor for x in stream[name]]}
 
 
 def _bias(graph: Structure, node: NodeProto) -> np.ndarray | None:

@@ -173,7 +173,7 @@ def _over_positions(node: NodeProto, constants: Mapping[str, TensorProto]) -> bo
 
 
 def _as_pool(graph: Any, mean: NodeProto) -> None:
-    """In place of a mean over positions an average pool, whose dimensions of 1 are dropped where the mean's were."""
+    """In the place of a mean over positions an average pool; dimensions of 1 are dropped where the mean's were."""
     source, result = mean.input[0], mean.output[0]
     place = list(graph.node).index(mean)
     graph.node.remove(mean)
