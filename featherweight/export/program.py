@@ -196,7 +196,7 @@ def _any_number(exported: ExportedProgram) -> bool:
     names = set(exported.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
     firsts = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
-    return any(isinstance(side, torch.SymInt) for side in firsts)
+    return any(isinstance(side, torch.SymInt) and side.node.maybe_as_int() is None for side in firsts)
 
 
 def _bared(exported: ExportedProgram) -> ExportedProgram:
