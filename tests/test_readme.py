@@ -29,7 +29,8 @@ def here(tmp_path, monkeypatch):
 def test_the_commands_run_in_order(here, capsys):
     lines = [line.split("#")[0] for block in blocks("") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("featherweight ")]
-    assert [c[0] for c in commands] == ["plan", "compress", "evaluate", "inspect", "finetune", "report"]
+    expected = ["plan", "compress", "evaluate", "inspect", "export", "bench", "finetune", "report"]
+    assert [c[0] for c in commands] == expected
     for command in commands:
         assert main(command) == 0, command
     assert (here / "small.fw").stat().st_size < 40_000
