@@ -99,7 +99,7 @@ def decoding(model: M, artifact: Artifact, make: Callable[[StoredUnit, Tensor], 
             made = made or make(unit, filled)
             if made is None:
                 break
-            setattr(made, DECODED_AS, unit.names[0])
+            setattr(made.train(model.training), DECODED_AS, unit.names[0])
             del module._parameters[attribute]
             module.add_module(f"packed_{attribute}", made)
             _as_property(module, attribute)

@@ -104,7 +104,8 @@ def narrowed(layer: nn.Module, rows: Tensor, channels: Tensor) -> nn.Module:
     if len(rows) == weight.shape[0] and len(channels) == weight.shape[1]:
         return layer
     first = torch.zeros(1, dtype=torch.int64)
-    return Slim(layer, rows if len(rows) else first, channels if len(channels) else first)
+    made = Slim(layer, rows if len(rows) else first, channels if len(channels) else first)
+    return made.train(layer.training)
 
 
 def extent(weight: Tensor) -> tuple[Tensor, Tensor]:

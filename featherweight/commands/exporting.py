@@ -51,18 +51,20 @@ def _onnx(
 def _program(
     artifact: Artifact, model: nn.Module, example: Example, output: Path, progress: Progress
 ) -> tuple[dict[str, Any], list[Any]]:
-    return _said(export_program(artifact, model, example(), output))
+    return _said(export_program(artifact, model, example(), output, progress))
 
 
 def _checkpoint(
     artifact: Artifact, model: nn.Module, _example: Example, output: Path, progress: Progress
 ) -> tuple[dict[str, Any], list[Any]]:
+    progress("export", 0, 1)
     return _said(export_checkpoint(artifact, model, output))
 
 
 def _folder(
     artifact: Artifact, model: nn.Module, _example: Example, output: Path, progress: Progress
 ) -> tuple[dict[str, Any], list[Any]]:
+    progress("export", 0, 1)
     return _said(export_compressed_tensors(artifact, model, output))
 
 

@@ -28,6 +28,7 @@ from featherweight.export.decoders import Memory, decoder
 from featherweight.export.result import Export, ExportedWeight
 from featherweight.onuse import decoding
 from featherweight.proof import check_output, replaced
+from featherweight.solve import Progress
 
 TOLERANCE = 1e-4  # of the largest output
 _TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom")  # who made a node
@@ -35,7 +36,13 @@ _ASSERTS = torch.ops.aten._assert_tensor_metadata.default
 
 
 def export_program(
-    small: Artifact | str | Path, model: nn.Module, example: Any, path: str | Path, *, ignore_structure: bool = False
+    small: Artifact | str | Path,
+    model: nn.Module,
+    example: Any,
+    path: str | Path,
+    progress: Progress = lambda _stage, _done, _total: None,
+    *,
+    ignore_structure: bool = False,
 ) -> Export:
     """Write the network as a program that `torch.export.load` reads where neither its class nor featherweight is.
 
@@ -51,18 +58,22 @@ def export_program(
         UsageError: the network does not fit the file or the example, cannot be traced, or the output cannot be written.
     """
     output = Path(path)
+    progress("export", 0, 3)
     check_output(output, None if isinstance(small, Artifact) else Path(small))
     artifact, network = filled(small, model, ignore_structure)
     batch = (example if isinstance(example, Batch) else batches(example)[0]).to(device_of(network))
     inputs = [_first(batch, count) for count in (2, 3, 1)]
     with torch.no_grad():
         expected = [_tensors_of(one.run(network)) for one in inputs]
+    progress("export", 1, 3)
     rows, exported = traced(artifact, network, inputs[0])
     whole = _any_number(exported)
     with replaced(output) as place:
         place.write_bytes(program_bytes(exported))
+        progress("export", 2, 3)
         found = run_alone(place, inputs if whole else inputs[:1], output)
         worst = max(_difference(a, b, output) for a, b in zip(found, expected, strict=False))
+    progress("export", 3, 3)
     said = "any number of samples" if whole else f"{inputs[0].size} samples at a time, as this network wants it"
     checked = f"outputs in a fresh process, which agree to {worst:.1e} of the largest; takes {said}"
     return Export(output.stat().st_size, tuple(rows), checked)
@@ -196,7 +207,7 @@ def _any_number(exported: ExportedProgram) -> bool:
     names = set(exported.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
     firsts = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
-    return any(isinstance(side, torch.SymInt) for side in firsts)
+    return any(isinstance(side, torch.SymInt) and side.node.maybe_as_int() is None for side in firsts)
 
 
 def _bared(exported: ExportedProgram) -> ExportedProgram:
