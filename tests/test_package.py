@@ -31,6 +31,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"allocate"},
     {"metrics", "report", "userland"},
     {"picture", "proof", "inputs"},
+    {"export"},
     {"pipeline"},
     {"export"},
     {"race", "page"},
