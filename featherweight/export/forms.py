@@ -117,7 +117,7 @@ def _per_output(view: View, rows: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- grids
 def _grid(b: Nodes, g: Grid, place: Place, rows: Tensor | None, name: str) -> str:
-    if place.folded and (g.nbits < 8 or g.zero is not None):
+    if _uneven(g) or (place.folded and (g.nbits < 8 or g.zero is not None)):
         return _times(b, place.placed(b, factor(b, g, g.shape, name)), rows, place)
     if place.axis is not None and g.scale.shape[1] == 1:
         scale, zero = g.scale.float(), g.zero
@@ -258,11 +258,14 @@ def _kept(b: Nodes, w: Sparse, place: Place, rows: Tensor | None, name: str) -> 
             return b.packed(codes, g.nbits, name)
 
         values = b.smallest(native, packed)
-        if g.zero is None and g.nbits == 1:
+        if g.zero is None and g.nbits == 1 and not _uneven(g):
             values = b.op("Add", values, values)
         placed = b.op("Gather", values, index, axis=0)
-        axis = 0 if g.scale.shape[1] == 1 else 1
-        matrix = _levels(b, g, g.codes, g.scale.float(), g.zero, axis, name, flat=placed)
+        if _uneven(g):
+            matrix = _stepped(b, g, b.op("Cast", placed, to=FLOAT))
+        else:
+            axis = 0 if g.scale.shape[1] == 1 else 1
+            matrix = _levels(b, g, g.codes, g.scale.float(), g.zero, axis, name, flat=placed)
     found = b.op("Where", b.op("Cast", mask, to=BOOL), matrix, _zero(b))
     return _times(b, place.placed(b, found), rows, place)
 
@@ -344,17 +347,28 @@ def factor(b: Nodes, part: Dense | Grid, shape: Sequence[int], name: str) -> str
     """A factor as a float value of this shape; without DequantizeLinear, so that it is computed at loading."""
     if isinstance(part, Dense):
         return b.floats(part.values.reshape(tuple(shape)), name)
-    zero = torch.full_like(part.scale, symmetric_zero(part.nbits)).float() if part.zero is None else part.zero.float()
-    codes = b.op("Cast", b.integers(part.codes, part.nbits, name), to=FLOAT)
-    if part.scale.shape[1] == 1:
-        scale, zeros = b.floats(part.scale), b.floats(zero)
-    else:
-        index = b.integers(torch.arange(part.shape[1]) // part.group, max((part.scale.shape[1] - 1).bit_length(), 1))
-        scale, zeros = (b.op("Gather", b.floats(x), index, axis=1) for x in (part.scale, zero))
-    if part.zero is None:
-        zeros = b.plain(torch.tensor(symmetric_zero(part.nbits)))
-    value = b.op("Mul", b.op("Sub", codes, zeros), scale)
+    value = _stepped(b, part, b.op("Cast", b.integers(part.codes, part.nbits, name), to=FLOAT))
     return value if tuple(shape) == part.shape else b.reshaped(value, shape)
+
+
+def _uneven(g: Grid) -> bool:
+    """Whether the last group of columns is shorter than the others, which OpenVINO refuses in DequantizeLinear."""
+    return g.scale.shape[1] > 1 and g.shape[1] % g.group != 0
+
+
+def _stepped(b: Nodes, g: Grid, codes: str) -> str:
+    """scale * (codes - zero) of a matrix of float codes."""
+
+    def each(values: Tensor) -> str:
+        """For each entry that has a scale of its own."""
+        if values.shape[1] == 1:
+            return b.floats(values)
+        groups = torch.arange(g.shape[1]) // g.group
+        index = b.integers(groups, max((values.shape[1] - 1).bit_length(), 1))
+        return b.op("Gather", b.floats(values), index, axis=1)
+
+    zero = b.plain(torch.tensor(symmetric_zero(g.nbits))) if g.zero is None else each(g.zero.float())
+    return b.op("Mul", b.op("Sub", codes, zero), each(g.scale))
 
 
 def contraction(b: Nodes, operands: Sequence[tuple[str, str]], out: str, sizes: dict[str, int]) -> str:
