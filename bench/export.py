@@ -150,6 +150,8 @@ def text(results: Mapping[str, Any]) -> str:
         top = f"{r['opset']} | {r['here']:.2f} | {r['there']:.2f} | {r['difference']:.1e}"
         sizes = f"{r['coded']:,} | {r['plain']:,} | {r['onnx']:,}"
         lines.append(f"| {r['network']} | `{r['settings']}` | {sizes} | {share} | {top} |")
+    if not results.get("matrix"):
+        return "\n".join(lines) + "\n"
     lines += [
         "",
         "Every network with every method, quick settings; the difference is the largest of an output, of the largest",
