@@ -26,7 +26,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_commands_run_in_order(here, capsys):
+def test_the_commands_run_in_order(here, capsys, monkeypatch):
+    monkeypatch.setattr("featherweight.race.ROUNDS", 1)  # of eleven
+    monkeypatch.setattr("featherweight.race.SECONDS", 0.01)
     lines = [line.split("#")[0] for block in blocks("") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("featherweight ")]
     expected = ["plan", "compress", "evaluate", "inspect", "export", "bench", "finetune", "report"]
