@@ -67,7 +67,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "named"), CHANGES, ids=lambda c: str(c)[:40])
+@pytest.mark.parametrize(("changed", "named"), CHANGES, ids=lambda c: c if isinstance(c, str) else "-".join(c))
 def test_a_change_that_no_shape_shows_is_named(file, changed, named):
     told = refusal(file, made(**changed))
     assert named in told
