@@ -56,7 +56,7 @@ def captured(
         if kept is not None:
             return {u.name: _stats(u, i, kept) for i, u in enumerate(units)}
     done = 0
-    pieces = [p for batch in samples for p in cut(batch, -(-PIECES // len(samples)))]
+    pieces = _pieces(net, samples)
     progress("capture", 0, len(pieces))
 
     def on_batch() -> None:
@@ -70,6 +70,19 @@ def captured(
         fields = {f"{i}.{f}": getattr(stats[u.name], f) for i, u in enumerate(units) for f in FIELDS}
         store.keep(key, {k: t for k, t in fields.items() if t is not None}, {"moments": len(units)})
     return stats
+
+
+def _pieces(net: nn.Module, samples: list[Batch]) -> list[Batch]:
+    """PIECES at least, where the network takes batches of another size."""
+    found = [p for batch in samples for p in cut(batch, -(-PIECES // len(samples)))]
+    state = {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
+    try:
+        found[0].to(device_of(net)).run(net)
+    except UsageError:
+        return samples
+    finally:
+        net.load_state_dict(state, strict=False)  # a network may count its calls in a buffer
+    return found
 
 
 def _stats(unit: Unit, i: int, kept: dict[str, Tensor]) -> LayerStats:

@@ -42,7 +42,12 @@ def small(net: nn.Module, data, settings):
     return fw.compress(net, data, recipe=recipe_of(settings)).artifact
 
 
-TRACED = [("convs", s) for s in SETTINGS] + [("words", s) for s in ("grid", "additive", "low rank", "rounded inputs")]
+SHORT = ("grid", "sparse grid", "factors on grids", "rounded inputs")  # the others are traced by `make test-slow`
+TRACED = [
+    pytest.param(net, s, marks=[] if s in SHORT else pytest.mark.slow)
+    for net, of in (("convs", SETTINGS), ("words", ("grid", "additive", "low rank")))
+    for s in of
+]
 
 
 @pytest.mark.parametrize(("net", "settings"), TRACED)

@@ -107,11 +107,11 @@ CASES = [
     ("tiny", PRUNED),
     ("tiny", PRUNED | {"bits": 4, "quantizer": "gptq"}),
     ("tiny", {"method": "tucker", "keep": 0.6}),
-    ("tiny", {"method": "spatial", "keep": 0.6}),
+    pytest.param("tiny", {"method": "spatial", "keep": 0.6}, marks=pytest.mark.slow),
     ("tiny", {"method": "dictionary", "keep": 0.5}),
     ("words", {"method": "rtn", "bits": 4}),
     ("words", {"method": "lowrank", "keep": 0.5, "bits": 4}),
-    ("many", {"method": "rtn", "bits": 2}),
+    pytest.param("many", {"method": "rtn", "bits": 2}, marks=pytest.mark.slow),
     ("solid", {"method": "rtn", "bits": 5}),
     ("solid", {"method": "magnitude", "pattern": "channels", "sparsity": 0.5}),
 ]
