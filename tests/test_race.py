@@ -43,6 +43,7 @@ def test_a_file_made_for_speed_is_exported_in_int8_and_timed(fast, run, monkeypa
     assert len(found["verdict"]) == 1
 
 
+@pytest.mark.slow
 def test_a_file_made_to_be_small_is_timed_as_it_is_exported(run, monkeypatch, tmp_path):
     monkeypatch.setattr("featherweight.race.ROUNDS", 1)
     monkeypatch.setattr("featherweight.race.SECONDS", 0.001)

@@ -129,6 +129,7 @@ class Named(nn.Module):
         return {"y": y, "both": (y + more, 3)}
 
 
+@pytest.mark.slow
 def test_arguments_by_name_and_outputs_of_any_shape(tmp_path):
     torch.manual_seed(0)
     example = Batch((torch.randn(3, 4),), {"scale": torch.tensor(2.0), "more": torch.randn(3, 4)})
@@ -140,6 +141,7 @@ def test_arguments_by_name_and_outputs_of_any_shape(tmp_path):
     assert "any number" in done.checked
 
 
+@pytest.mark.slow
 def test_a_network_for_so_many_samples_says_so(tmp_path):
     class Halves(nn.Module):
         def __init__(self):
