@@ -19,7 +19,6 @@ from featherweight.artifact import Artifact
 from featherweight.artifact.schema import StoredUnit
 from featherweight.errors import UsageError
 from featherweight.export.codes import Codes, codes_of
-from featherweight.export.equalize import equalized
 from featherweight.export.ranges import Fitted, fitted
 from featherweight.export.structure import WEIGHTED, Structure, attribute, computable, structure, tidied
 
@@ -50,15 +49,14 @@ def int8_graph(
     plain = tidied(float_model)
     if not weights_of(plain, artifact):
         raise UsageError("the network has no convolution or linear layer that could be int8")
-    scaled, ends = equalized(plain, samples)
-    graph = structure(scaled)
+    graph = structure(plain)
     weighted, codes, units = _codes(graph, artifact)
     known: dict[str, ActivationGrid] = {}
     for node in weighted:
         unit = units.get(node.input[1])
         if unit is not None and unit.input is not None and unit.input.bits == 8:
             known.setdefault(graph.rounded[node.input[0]], unit.input)
-    found = fitted(graph, codes, known, ends, samples, progress)
+    found = fitted(graph, codes, known, samples, progress)
     return _Writer(graph, codes, found).model()
 
 

@@ -29,15 +29,6 @@ Stream = dict[str, list[np.ndarray]]  # tensor -> its values for every batch
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Scaled:
-    """The grid of a tensor whose channels were multiplied by `factor`, float64 (channels,)."""
-
-    grid: ActivationGrid
-    factor: np.ndarray
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
     """grids: of every rounded tensor that is the origin of its values. biases: of weighted nodes, by their output,
     float64 (outputs,)."""
@@ -50,17 +41,15 @@ def fitted(
     graph: Structure,
     codes: Mapping[str, Codes],
     known: Mapping[str, ActivationGrid],
-    scaled: Mapping[str, Scaled],
     samples: Sequence[Mapping[str, np.ndarray]],
     progress: Callable[[str, int, int], None],
 ) -> Fitted:
-    """Run every node once. codes: of the weights, by name. known: the grids that a file has, by tensor, as it
-    was before some were scaled.
+    """Run every node once. codes: of the weights, by name. known: the grids that a file has, by tensor.
 
     Raises:
         UsageError: a tensor that must be rounded is not finite, or a node cannot run.
     """
-    found = Fitted(dict(known) | {name: s.grid for name, s in scaled.items()})
+    found = Fitted(dict(known))
     float_stream: Stream = {n: [s[n] for s in samples] for n in graph.inputs}
     stream: Stream = dict(float_stream)
     for name in graph.inputs:
@@ -70,7 +59,7 @@ def fitted(
         progress("ranges", i, len(graph.nodes))
         own, weighted = node.output[0], node.op_type in WEIGHTED and node.input[1] in codes
         bias = _bias(graph, node) if weighted else None
-        float_stream |= _run(graph, node, _as_the_file_says(graph, node, float_stream, known, scaled), {}, bias)
+        float_stream |= _run(graph, node, _as_the_file_says(graph, node, float_stream, known), {}, bias)
         rounded = {node.input[1]: codes[node.input[1]].dense().astype(np.float32)} if weighted else {}
         stream |= _run(graph, node, stream, rounded, bias)
         if bias is not None:
@@ -108,14 +97,12 @@ def _as_the_file_says(
     node: NodeProto,
     stream: Stream,
     known: Mapping[str, ActivationGrid],
-    scaled: Mapping[str, Scaled],
 ) -> Stream:
     name = node.input[0]
     grid = known.get(graph.rounded.get(name, "")) if node.op_type in WEIGHTED else None
     if grid is None:
         return stream
-    factor = scaled[name].factor.reshape(1, -1, 1, 1).astype(np.float32) if name in scaled else np.float32(1)
-    return stream | {name: [grid.simulate(torch.from_numpy(x / factor)).numpy() * factor for x in stream[name]]}
+    return stream | {name: [grid.simulate(torch.from_numpy(x)).numpy() for x in stream[name]]}
 
 
 def _bias(graph: Structure, node: NodeProto) -> np.ndarray | None:

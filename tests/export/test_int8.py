@@ -15,7 +15,6 @@ from featherweight.data import Batch, batches
 from featherweight.demo import digits
 from featherweight.errors import UsageError
 from featherweight.export.codes import codes_of
-from featherweight.export.equalize import equalized
 from featherweight.export.fast import export_int8
 from featherweight.export.graph import graph_of
 from featherweight.export.int8 import int8_graph
@@ -232,41 +231,3 @@ def test_norms_that_torch_leaves_in_the_graph_are_folded():
         for m in (model, folded)
     )
     assert np.abs(one - two).max() < 1e-5
-
-
-class Depthwise(nn.Module):
-    """Channels of very different sizes before a depthwise layer; one of them is dead, some are cut off at 6."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.each = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 24, 3, padding=1, groups=12)
-        self.out = nn.Conv2d(24, 4, 1)
-        with torch.no_grad():
-            self.first.weight.mul_(torch.logspace(-2, 1, 12).reshape(-1, 1, 1, 1) * 3)
-            self.each.weight.div_(torch.logspace(-2, 1, 24).reshape(-1, 1, 1, 1))
-            self.first.weight[5], self.first.bias[5] = 0, -1
-
-    def forward(self, x):
-        return self.out(nn.functional.relu6(self.each(nn.functional.relu6(self.first(x)))))
-
-
-def test_channels_before_a_depthwise_layer_share_one_grid_better(tmp_path):
-    torch.manual_seed(0)
-    net, x = Depthwise().eval(), torch.randn(64, 3, 6, 6)
-    proto = tidied(graph_of(net, Batch((x[:2],), {})))
-    samples = feeds(proto, x)
-    scaled, grids = equalized(proto, samples)
-    assert len(grids) == 1
-    before, _ = runs(proto, x.numpy(), tmp_path)
-    after, _ = runs(scaled, x.numpy(), tmp_path)
-    assert np.abs(before - after).max() < 1e-5 * np.abs(before).max()
-    scores, _ = runs(int8_graph(proto, None, samples), x.numpy(), tmp_path)
-
-    def off(scores: np.ndarray) -> float:
-        return float(np.sqrt(((scores - before) ** 2).mean() / (before**2).mean()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featherweight.export.int8.equalized", lambda model, _samples: (model, {}))
-        plain, _ = runs(int8_graph(proto, None, samples), x.numpy(), tmp_path)
-    assert off(scores) < 0.5 * off(plain)
-    assert off(scores) < 0.02
