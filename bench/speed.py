@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 
 from featherweight.data import Batch
 from featherweight.export.graph import doubled, graph_of, quiet
 from featherweight.export.parity import in_onnxruntime
-from featherweight.race import in_turns
+from featherweight.race import in_turns, quantize_static
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
@@ -100,7 +99,12 @@ def files(name: str, folder: Path, zoo: Path, nncf: str | None) -> None:
     with quiet():
         dense.write_bytes(graph_of(getattr(shared, name)(), doubled(Batch((images[:2],), {}))).SerializeToString())
     for way in WAYS:
-        quantize_static(dense, place / f"quantize_static {way}.onnx", images.numpy(), way)
+        quantize_static(
+            dense,
+            place / f"quantize_static {way}.onnx",
+            [[x.numpy()] for x in images.split(32)],
+            way,
+        )
     if nncf is not None:
         np.save(place / "images.npy", images.numpy())
         out = str(place / "NNCF.onnx")
@@ -119,34 +123,6 @@ def files(name: str, folder: Path, zoo: Path, nncf: str | None) -> None:
         "shape": list(inputs.shape[1:]),
     }
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def quantize_static(dense: Path, path: Path, images: np.ndarray, way: str) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
-    from onnxruntime.quantization import quantize_static as quantize
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    name = onnx.load(str(dense)).graph.input[0].name
-    feeds = iter([{name: images[i : i + 32]} for i in range(0, len(images), 32)])
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> Any:
-            return next(feeds, None)
-
-    ready = path.with_suffix(".ready")
-    with quiet():
-        quant_pre_process(str(dense), str(ready))
-        quantize(
-            str(ready),
-            str(path),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod[way],
-        )
-    ready.unlink()
 
 
 def operators(path: Path, shape: list[int], folder: Path) -> dict[str, int]:

@@ -73,11 +73,12 @@ def captured(
 
 
 def _pieces(net: nn.Module, samples: list[Batch]) -> list[Batch]:
-    """PIECES at least, where the network takes batches of another size."""
+    """PIECES at least; the batches as they are where the network takes none of another size, or they cannot be cut."""
     found = [p for batch in samples for p in cut(batch, -(-PIECES // len(samples)))]
     state = {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
     try:
-        found[0].to(device_of(net)).run(net)
+        for piece in {p.size: p for p in found}.values():
+            piece.to(device_of(net)).run(net)
     except UsageError:
         return samples
     finally:

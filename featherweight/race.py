@@ -16,7 +16,7 @@ from torch import nn
 from featherweight.activations import simulate
 from featherweight.artifact import Artifact, fill
 from featherweight.chains import as_chains, chains_of
-from featherweight.data import Batch, stacked
+from featherweight.data import Batch, cut, stacked
 from featherweight.errors import FeatherweightError, UsageError
 from featherweight.export.fast import arrays_of, export_int8, made_for_speed
 from featherweight.export.graph import doubled, graph_of, quiet
@@ -189,7 +189,7 @@ def _files(
     makers: dict[str, Callable[[Path], None]] = {
         DENSE: dense,
         OURS: ours,
-        "quantize_static": lambda path: _quantize_static(files[DENSE], path, model, data),
+        "quantize_static": lambda path: quantize_static(files[DENSE], path, [arrays_of(model, b) for b in data]),
     }
     for what, make in makers.items():
         path = folder / f"{what.replace(' ', '-')}.onnx"
@@ -204,16 +204,22 @@ def _files(
     return files, left
 
 
-def _quantize_static(dense: Path, path: Path, model: nn.Module, data: Sequence[Batch]) -> None:
-    """onnxruntime's own: QDQ, a scale for every channel, uint8 activations, ranges from end to end, after its
-    pre-processing."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+def quantize_static(dense: Path, path: Path, batches: Sequence[Sequence[Any]], ranges: str = "MinMax") -> None:
+    """onnxruntime's own quantizer: QDQ, a scale for every channel, uint8 activations, after its pre-processing.
+
+    Args:
+        batches: the arrays of every input, batch after batch. ranges: MinMax, Entropy or Percentile.
+
+    Raises:
+        UsageError: it fails.
+    """
+    from onnxruntime import quantization as own
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     names = [i.name for i in graph_inputs(dense)]
-    feeds = iter([dict(zip(names, arrays_of(model, b), strict=True)) for b in data])
+    feeds = iter([dict(zip(names, arrays, strict=True)) for arrays in batches])
 
-    class Reader(CalibrationDataReader):
+    class Reader(own.CalibrationDataReader):
         def get_next(self) -> Any:
             return next(feeds, None)
 
@@ -221,14 +227,15 @@ def _quantize_static(dense: Path, path: Path, model: nn.Module, data: Sequence[B
     try:
         with quiet():
             quant_pre_process(str(dense), str(ready))
-            quantize_static(
+            own.quantize_static(
                 str(ready),
                 str(path),
                 Reader(),
-                quant_format=QuantFormat.QDQ,
+                quant_format=own.QuantFormat.QDQ,
                 per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
+                activation_type=own.QuantType.QUInt8,
+                weight_type=own.QuantType.QInt8,
+                calibrate_method=own.CalibrationMethod[ranges],
             )
     except Exception as error:  # whatever the quantizer raises
         raise UsageError(f"onnxruntime's quantizer failed: {' '.join(str(error).split())[:200]}") from error
@@ -250,8 +257,6 @@ def _runtimes() -> dict[str, Callable[[Path], Callable[[Sequence[Any]], list[Any
 
 def _exactly(data: Sequence[Batch], model: nn.Module, size: int) -> Batch:
     """A batch of exactly so many samples."""
-    from featherweight.data import cut
-
     joined, _ = stacked(data, model, most=max(size, max(b.size for b in data)))
     if joined.size < size:
         raise UsageError(f"the data have {joined.size} samples of one shape, a batch of {size} needs more")

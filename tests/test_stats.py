@@ -7,6 +7,7 @@ from torch import nn
 from featherweight.data import Batch, batches
 from featherweight.errors import UsageError
 from featherweight.layers import scan
+from featherweight.moments import captured
 from featherweight.stats import LayerStats, capture, merge, shrink_
 from tests.reference.moments import relative
 
@@ -248,3 +249,26 @@ def test_many_samples_are_believed():
     x = correlated(20, 20_000, 4)
     plain, found = layer_stats(x, 1000).gram, shrink_(layer_stats(x, 1000)).gram
     assert 0 < relative(found, plain) < 1e-3
+
+
+def test_what_solvers_get_is_shrunk(tmp_path):
+    layer, x = nn.Linear(20, 1, dtype=torch.float64), correlated(20, 64, 5)
+    units = scan(layer).units
+    found = captured(layer, batches(x, 64), units, tmp_path, lambda *_: None)["weight"].gram
+    assert torch.equal(found, shrink_(layer_stats(x, 8)).gram)  # one batch is cut into 8
+    plain = layer_stats(x, 64).gram
+    assert relative(found, plain) > 0.01
+
+    class Fixed(nn.Module):
+        """Takes batches of 64 only: they are not cut, and nothing is shrunk."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.reshape(64, 20))
+
+    net = Fixed()
+    stats = captured(net, batches(x, 64), scan(net).units, tmp_path, lambda *_: None)
+    assert torch.equal(stats["fc.weight"].gram, plain)

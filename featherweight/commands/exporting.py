@@ -41,11 +41,14 @@ Writer: TypeAlias = Callable[[Artifact, nn.Module, Example, Path, Progress], tup
 """Writes a file; what there is to say of it, for machines and for people, whom the sizes are told anyhow."""
 
 
-def _onnx(
-    artifact: Artifact, model: nn.Module, example: Example, output: Path, progress: Progress
-) -> tuple[dict[str, Any], list[Any]]:
-    found = export_onnx(artifact, model, example(), output, progress)
-    return found.facts(), lines_of(found)
+def _onnx(smallest: bool) -> Writer:
+    def write(
+        artifact: Artifact, model: nn.Module, example: Example, output: Path, progress: Progress
+    ) -> tuple[dict[str, Any], list[Any]]:
+        found = export_onnx(artifact, model, example(), output, progress, tight=smallest)
+        return found.facts(), lines_of(found)
+
+    return write
 
 
 def _program(
@@ -87,16 +90,8 @@ def _int8(data: str | None) -> Writer:
     return write
 
 
-def _smallest_onnx(
-    artifact: Artifact, model: nn.Module, example: Example, output: Path, progress: Progress
-) -> tuple[dict[str, Any], list[Any]]:
-    found = export_onnx(artifact, model, example(), output, progress, tight=True)
-    return found.facts(), lines_of(found)
-
-
-WRITERS: dict[str, Writer] = {".onnx": _onnx, ".pt2": _program, ".safetensors": _checkpoint, FOLDER: _folder}
-RUN = (".onnx", ".pt2")  # those that need an example
-SMALLEST: dict[str, Writer] = {".onnx": _smallest_onnx}  # with --smallest
+WRITERS: dict[str, Writer] = {".pt2": _program, ".safetensors": _checkpoint, FOLDER: _folder}
+ONNX = ".onnx"
 
 
 @app.command("export")
@@ -121,18 +116,16 @@ def export_command(
     as_json: opt.Json = False,
 ) -> None:
     """Write a network for other programs, and compare what they compute. ONNX: weights keep their stored form."""
-    writers = SMALLEST if smallest else WRITERS
-    write = writers.get(output.suffix)
-    if write is None:
-        if smallest:
-            raise UsageError(f"--smallest is for files that end in {' or '.join(SMALLEST)}, got {output}")
+    if output.suffix not in (ONNX, *WRITERS):
         raise UsageError(f"{output} must end in .onnx, .pt2 or .safetensors, or have no ending, for a folder")
+    if smallest and output.suffix != ONNX:
+        raise UsageError(f"--smallest is for files that end in {ONNX}, got {output}")
     if output.suffix == FOLDER:
         check_folder(output)
     else:
         check_output(output, file)
         check_output(output, weights)
-    if output.suffix not in RUN and (data is not None or input_shape is not None):
+    if output.suffix not in (ONNX, ".pt2") and (data is not None or input_shape is not None):
         raise UsageError(f"{output} is made of tensors alone; leave out --data and --input-shape")
     if data is not None and input_shape is not None:
         raise UsageError("give --data or --input-shape, not both")
@@ -150,8 +143,10 @@ def export_command(
     artifact = read(file)
     if ignore_structure:
         artifact = replace(artifact, about={k: v for k, v in artifact.about.items() if k != FIELD})
-    if output.suffix == ".onnx" and made_for_speed(artifact):
-        write = _int8(data)
+    fast = output.suffix == ONNX and made_for_speed(artifact)
+    if fast and smallest:
+        raise UsageError(f"{file} was made for speed and becomes int8; leave out --smallest")
+    write = WRITERS.get(output.suffix) or (_int8(data) if fast else _onnx(smallest))
     with bars() as progress, redirect_stdout(sys.stderr):
         facts, lines = write(artifact, make_model(model, weights), example, output, progress)
     size = facts["bytes"]

@@ -37,6 +37,8 @@ def bench_command(
     """Time the dense network, the file's, and what plain tools make of the dense one, in turns, in one run."""
     from featherweight.race import race
 
+    if data is not None and input_shape is not None:
+        raise UsageError("give --data or --input-shape, not both")
     sizes = list(dict.fromkeys(batch or [1, 32]))
     shape = None if input_shape is None else shape_of(input_shape)
     artifact, before = read(file), torch.get_num_threads()
@@ -49,7 +51,8 @@ def bench_command(
         torch.set_num_threads(before)
     made_up = data is None
     if as_json:
-        facts = {"file": str(file), "bytes": file.stat().st_size, "threads": threads, "random_inputs": made_up}
+        facts = {"file": str(file), "bytes": file.stat().st_size, "digest": artifact.digest()}
+        facts |= {"threads": threads, "random_inputs": made_up}
         print_json(facts | asdict(found))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")

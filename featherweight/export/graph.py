@@ -19,7 +19,7 @@ from featherweight.activations import simulated
 from featherweight.data import Batch
 from featherweight.errors import UsageError
 
-INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime: pip install 'featherweight[onnx]'"
+INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime"
 SMALLEST = 2  # samples of an example: torch takes a first dimension of 1 for a fixed one
 FIRST_OPSET = 20  # what torch's exporter writes without converting
 _TRAINING_ONLY = ".num_batches_tracked"

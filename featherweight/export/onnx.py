@@ -95,7 +95,6 @@ def export_onnx(
         model: an instance of the network's class; it is not changed.
         example: a batch, or anything that `compress` takes for data, of which the first batch is run. Its first
             dimension becomes dynamic where the network allows that.
-
         tight: pack codes of 2, 4 and 8 bits into fewer, too, by how often each occurs. The file is smaller; runtimes
             unpack it on loading, and have no integers of these types then.
 

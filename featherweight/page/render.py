@@ -164,7 +164,7 @@ def _environment(escaping: bool) -> Any:
     try:
         import jinja2
     except ImportError:
-        raise UsageError("a report needs jinja2: pip install 'featherweight[report]'") from None
+        raise UsageError("a report needs jinja2: pip install jinja2") from None
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=escaping,
