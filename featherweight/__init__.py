@@ -29,7 +29,8 @@ from featherweight.methods import (
     Vectors,
 )
 from featherweight.onuse import load_packed
-from featherweight.pipeline import Compressed, compress, plan
+from featherweight.pipeline import Compressed, compress
+from featherweight.planning import plan
 from featherweight.pull import AdmmTraining, Pull, admm
 from featherweight.recipe import Override, Recipe, read_recipe
 from featherweight.report import Report

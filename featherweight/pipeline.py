@@ -10,87 +10,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
-from featherweight.activations import ActivationGrid, FloatInput, calibrate, plain_copy, simulate, stays_float
-from featherweight.allocate import SECONDS, Setting, Stage, allocate
-from featherweight.allocator import NAMES, Allocation
+from featherweight.activations import ActivationGrid, plain_copy, simulate
+from featherweight.allocate import Stage, allocate
+from featherweight.allocator import NAMES
 from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
-from featherweight.artifact.structure import FIELD as STRUCTURE
-from featherweight.artifact.structure import structure_of
 from featherweight.artifact.write import to_bytes
-from featherweight.candidates import tried
 from featherweight.data import Batch, split
 from featherweight.database import Database
 from featherweight.errors import InfeasibleError, UsageError
 from featherweight.finetune import Finetune, rehearse, train
 from featherweight.inputs import look_at, tensors_of
-from featherweight.layers import VECTOR, LeftAlone, Scan, scan
-from featherweight.methods import GridSpec, Method, Obq, Plain, Solution
+from featherweight.layers import Scan
+from featherweight.methods import GridSpec, Method, Obq, Solution
 from featherweight.methods.base import usable
 from featherweight.metrics import measured
-from featherweight.moments import basis_of, captured
-from featherweight.packing import packed, predicted_bytes, shortest
+from featherweight.packing import packed, shortest
 from featherweight.pull import AdmmTraining, Pulled
 from featherweight.pull import admm as train_in
-from featherweight.recipe import Recipe, assign, input_bits, overridden, settled, without_data
+from featherweight.recipe import Recipe, input_bits, settled
 from featherweight.repair import Repair, repair
 from featherweight.repair.distance import DenseOutputs
 from featherweight.report import Report, rows_of
-from featherweight.sharing import arranged, fitted
+from featherweight.settle import goal_of, remembered, setting_of, settle
+from featherweight.sharing import fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
 from featherweight.stats import LayerStats
-from featherweight.synthesis import Assumed, assume, samples_of
-from featherweight.target import Baselines, Goal, baselines, target_bytes
+from featherweight.synthesis import assume, samples_of
+from featherweight.target import Goal, baselines
 from featherweight.weights import Weight, united
 
 TURNS = 6  # times that chosen methods are solved, where the result misses its target
-RATE = 4e9  # multiply-adds a second that the time estimate assumes
 
 
 def _quiet(stage: str, done: int, total: int) -> None:
     pass
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """What would be done with one weight. bytes: its payload, exact unless its scales need fp32 or
-    its pattern has short blocks. seconds: a guess. input_bits: what its inputs would be rounded to, None for float.
-    rise: what a target's score predicts that it adds to the distance to the dense outputs, None without a target.
-    note: why it is not done as asked."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    method: str
-    params: int
-    bytes: int
-    seconds: float
-    input_bits: int | None = None
-    rise: float | None = None
-    note: str = ""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A dry run. file_bytes and seconds are predictions; capture_seconds is 0 where no data were given. float_inputs:
-    where inputs would be rounded, those that would not, told from the kind of layer alone. search_seconds, allocation:
-    of a target. assumed: as in `Report`."""
-
-    rows: tuple[PlanRow, ...]
-    left_alone: tuple[LeftAlone, ...]
-    baselines: Baselines
-    file_bytes: int
-    capture_seconds: float
-    seconds: float
-    float_inputs: tuple[FloatInput, ...] = ()
-    search_seconds: float = 0.0
-    allocation: Allocation | None = None
-    assumed: Assumed | None = None
 
 
 @final
@@ -178,7 +134,7 @@ def compress(
             with _timed(seconds, "allocate"):
                 meter = None if evaluate is None else lambda network: measured(evaluate, network)
                 own = look.stats, look.grids, base, about, Path(folder), store, look.basis, meter
-                stage = allocate(_setting(net, found, recipe, samples, *own), goal, progress)
+                stage = allocate(setting_of(net, found, recipe, samples, *own), goal, progress)
                 net.load_state_dict(original, strict=False)
             chosen = {u.name: settled(stage.methods[u.name], u) for u in found.units}
             net, pulled = _trained_in(net, chosen, admm, seconds, progress)
@@ -251,60 +207,6 @@ def compress(
     return Compressed(artifact, report)
 
 
-def plan(
-    model: nn.Module,
-    data: Any = None,
-    *,
-    input_shape: Sequence[int] | None = None,
-    recipe: Recipe | None = None,
-    target: str | int | Goal | None = None,
-    batch_size: int = 128,
-    database: str | Path | None = None,
-    progress: Progress = _quiet,
-) -> Plan:
-    """What `compress` would do: method, bytes and time of every weight, and what it would leave alone, with reasons.
-
-    At most one batch of the data is run, unless there is a target: then candidates are solved and scored for every
-    weight, and no policy is measured. Raises what `compress` raises before its first expensive step.
-    """
-    net, goal = plain_copy(model), goal_of(target)
-    recipe = recipe or Recipe(Obq(GridSpec(4)))
-    assumed = assume(net, data, recipe, goal is not None, input_shape)
-    found, methods = settle(net, recipe, goal, assumed is None or assumed.kind == "synthetic")
-    base, wanted = baselines(net, found.units), input_bits(recipe, found)
-    size = predicted_bytes(net, found, methods, wanted)
-    samples, assumed = samples_of(net, data, batch_size, assumed, progress, making=goal is not None)
-    capturing, searching, allocation = 0.0, 0.0, None
-    with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
-        seen = samples[:1] if goal is None else split(samples)[0] or samples
-        start = time.perf_counter()
-        store = None if database is None else Database.at(database)
-        basis = None if goal is None else basis_of(net, samples, store)
-        stats = captured(net, seen, found.units, Path(folder), progress, store, basis)
-        each = (time.perf_counter() - start) / max(sum(b.size for b in seen), 1)
-        capturing = each * sum(b.size for b in samples)
-        if goal is not None:
-            about = remembered(net, found, base, goal)
-            grids, _ = calibrate(net, samples, found.units, wanted)
-            setting = _setting(net, found, recipe, samples, stats, grids, base, about, Path(folder), store, basis)
-            stage = allocate(setting, goal, progress, measuring=False)
-            searching = time.perf_counter() - start - capturing + SECONDS * bool(samples)
-            methods = {u.name: settled(stage.methods[u.name], u) for u in found.units}
-            allocation, size = stage.outcome, stage.bytes
-    rises = {c.name: c.rise for c in allocation.chosen} if allocation else {}
-    rows = []
-    for unit in found.units:
-        shape, method = unit.view.matrix_shape, methods[unit.name]
-        seconds = method.work(shape, unit.groups) / RATE
-        stored = method.storage(shape, unit.taps, unit.groups)
-        bits = None if stays_float(unit, wanted) else wanted[unit.name]
-        known = unit.name, unit.view.shape, unit.kind, method.label, unit.params, stored, seconds, bits
-        rows.append(PlanRow(*known, rises.get(unit.name), method.why if isinstance(method, Plain) else ""))
-    total = capturing + searching + sum(r.seconds for r in rows)
-    left = tuple(FloatInput(u.name, reason) for u in found.units if wanted and (reason := stays_float(u, wanted)))
-    return Plan(tuple(rows), found.left_alone, base, size, capturing, total, left, searching, allocation, assumed)
-
-
 def _each(methods: Mapping[str, Method]) -> dict[str, list[Method]]:
     return {name: [method] for name, method in methods.items()}
 
@@ -328,79 +230,6 @@ def _again(stage: Stage, over: dict[str, int], turns: int) -> Stage:
         missed = ", ".join(f"{n:,} {NAMES[b]}" for b, n in over.items())
         raise InfeasibleError(f"after {TURNS} tries the network still misses its target by {missed}")
     return stage.tighter(over)
-
-
-def _setting(
-    net: nn.Module,
-    found: Scan,
-    recipe: Recipe,
-    samples: list[Batch],
-    stats: Mapping[str, LayerStats],
-    grids: dict[str, ActivationGrid],
-    base: Baselines,
-    about: dict[str, Any],
-    folder: Path,
-    store: Database | None,
-    basis: str | None,
-    meter: Callable[[nn.Module], dict[str, float]] | None = None,
-) -> Setting:
-    """What `allocate` works with; `folder` is for what does not outlive the run."""
-    space = folder / "gradients"
-    space.mkdir()
-    bits = {name: grid.bits for name, grid in grids.items()}
-    kept, fixed = store or Database.at(folder / "solved"), overridden(recipe, found)
-    own = stats, fixed, grids, bits, base, about, kept, space, recipe.repair, basis, meter
-    return Setting(net, found, samples, *own)
-
-
-def remembered(net: nn.Module, found: Scan, base: Baselines, goal: Goal | None) -> dict[str, Any]:
-    """What every file says of how it came to be (docs/decisions/0018-report.md): sizes, the version of torch, the
-    target, what the network's modules are set to, and why a tensor that is no vector was left alone."""
-    reasons: dict[str, list[str]] = {}
-    for tensor in found.left_alone:
-        if tensor.reason != VECTOR:
-            reasons.setdefault(tensor.reason, []).append(tensor.name)
-    asked = {} if goal is None else {"settings": goal.words()}
-    sizes = {"fp32_bytes": base.fp32, "half_bytes": base.half, "int8_bytes": base.int8}
-    sizes |= {"torch": torch.__version__.partition("+")[0], STRUCTURE: structure_of(net)}
-    return sizes | asked | ({"left_alone": reasons} if reasons else {})
-
-
-def goal_of(target: str | int | Goal | None) -> Goal | None:
-    """A size is a goal."""
-    return target if target is None or isinstance(target, Goal) else Goal(target)
-
-
-def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = True) -> tuple[Scan, dict[str, Method]]:
-    """What is compressed and how: with a goal, the smallest forms, as nothing else is settled yet.
-
-    Raises:
-        UsageError: a pattern matches nothing, or the network holds what no file can.
-        InfeasibleError: even these are too large.
-    """
-    found = scan(net, recipe.include, recipe.exclude)
-    if goal is None:
-        methods = arranged(net, found.units, assign(recipe, found))
-        methods = methods if with_data else {name: without_data(m) for name, m in methods.items()}
-        predicted_bytes(net, found, methods, input_bits(recipe, found))  # refuses what no file can hold
-        return found, methods
-    if not found.units:
-        raise UsageError("a target needs at least one weight to choose for; every one is excluded")
-    if goal.latency is not None and input_bits(recipe, found):
-        raise UsageError(
-            "rounded inputs are simulated, which takes time: give --target-latency or --activations, not both"
-        )
-    tries, methods = tried(found.units, overridden(recipe, found), goal, with_data)[0], {}
-    for unit in found.units:
-        stored = [m.storage(unit.view.matrix_shape, unit.taps, unit.groups) for m in tries[unit.name]]
-        methods[unit.name] = tries[unit.name][stored.index(min(stored))]
-    size = predicted_bytes(net, found, methods, input_bits(recipe, found))
-    if goal.target is not None and not goal.structured:  # of which rows that nothing reads are no part
-        limit = target_bytes(goal.target, baselines(net, found.units).fp32)
-        if size > limit:
-            what = f"the target {goal.target} is {limit:,} bytes"
-            raise InfeasibleError(f"{what}; the smallest reachable file has {size:,} bytes")
-    return found, methods
 
 
 def _repaired(

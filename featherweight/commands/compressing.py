@@ -19,7 +19,8 @@ from featherweight.database import Database
 from featherweight.errors import UsageError
 from featherweight.export.fast import MADE_FOR
 from featherweight.picture import check_front, check_residuals, save_front, save_residuals
-from featherweight.pipeline import Plan, compress, plan, settle
+from featherweight.pipeline import compress
+from featherweight.planning import Plan, plan
 from featherweight.proof import check_output, meter, save_proved
 from featherweight.recipe import Recipe, method_of, read_recipe
 from featherweight.report import (
@@ -30,6 +31,7 @@ from featherweight.report import (
     summary,
     weights_table,
 )
+from featherweight.settle import settle
 from featherweight.synthesis import shape_of
 from featherweight.target import Goal
 from featherweight.userland import call, make_model
