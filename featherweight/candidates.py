@@ -174,10 +174,12 @@ def _plain(goal: Goal) -> list[Method]:
 
 
 def _factored(unit: Unit, goal: Goal, with_data: bool) -> list[Method]:
-    """Products of factors, of the form with the least error, where the layer can have one."""
+    """Products of factors, of the form with the least error, where the layer can have one. Tensor rings, too, where
+    nothing counts but numbers: they need the fewest, and multiply more often than the dense layer."""
     grids = [None, *(GridSpec(b, b == 8) for b in _factor_bits(goal))]
     kernel = tuple(unit.view.shape[2:]) if unit.taps > 1 else ()
-    every = [Factorize("best", keep, whiten=with_data, grid=grid, sweeps=1) for keep in KEEP for grid in grids]
+    names = ("best",) if goal.structured or goal.bops is not None or goal.params is None else ("best", "tr")
+    every = [Factorize(n, keep, whiten=with_data, grid=g, sweeps=1) for n in names for keep in KEEP for g in grids]
     own = [m.for_layer(unit.view.matrix_shape, kernel, unit.groups) for m in every]
     return [m for m in own if isinstance(m, Factorize)]
 
@@ -246,6 +248,8 @@ def solve_candidates(
             size, lost = stored_bytes(solution.weight), rise(unit, solution)
             apart = unit.name not in tied  # tied weights have one step, not each the step for its bits
             final = method if unit.name in fixed else refined(method, 8 * size / w.numel() if apart else None)
+            if isinstance(final, Factorize) and isinstance(solution.weight, Factors):  # whose numbers were counted
+                final = final.as_in(solution.weight)
             own = positions, input_bits.get(unit.name, 0), clock, (calls or {}).get(unit.name, ())
             counted = operations(solution.weight, unit, *own)
             rows.append(Candidate(method, final, solution, bytes=size, rise=lost, **counted))

@@ -239,6 +239,8 @@ def quantize_static(dense: Path, path: Path, batches: Sequence[Sequence[Any]], r
             )
     except Exception as error:  # whatever the quantizer raises
         raise UsageError(f"onnxruntime's quantizer failed: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        ready.unlink(missing_ok=True)
 
 
 def graph_inputs(path: Path) -> list[Any]:

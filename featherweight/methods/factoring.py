@@ -111,6 +111,12 @@ class Factorize:
         why = method.refusal(shape, math.prod(kernel), groups)
         return Plain(f"kept as it is: {why}") if why else method
 
+    def as_in(self, weight: Factors) -> "Factorize":
+        """With the form that a weight solved by this method has, where several were tried."""
+        taps = math.prod(self.kernel)
+        tried = [f for f in self._forms(weight.shape, taps) if (f.terms, dict(f.sizes)) == (weight.terms, weight.sizes)]
+        return replace(self, form=tried[0].name) if tried else self
+
     def refusal(self, shape: tuple[int, int], taps: int, groups: int) -> str:
         """Why a (rows, cols) matrix is not factored, in words; empty where it is, or where only solving tells."""
         if why := forms.refusal("rows", (), groups):
