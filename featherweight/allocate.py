@@ -33,6 +33,7 @@ from featherweight.coupling import couplings
 from featherweight.data import Batch, cut, split
 from featherweight.database import Database, fingerprint
 from featherweight.errors import UsageError
+from featherweight.joint import joined
 from featherweight.latency import Clock
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Method, Solution
@@ -158,6 +159,8 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     count = sum(b.size for b in solving)
     (tries, fixed), groups = tried(units, setting.fixed, goal, bool(samples)), ties(units, goal.tied)
     tries = fitted(net, units, setting.stats, tries, setting.store, progress)
+    coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.structured else {}
+    tries, groups = joined(net, units, setting.stats, tries, groups, fixed, coupled)
     setting = replace(setting, fixed={name: tries[name][0] for name in fixed})
     positions = {u.name: uses(setting.stats[u.name], count) for u in units}
     macs = sum(round(positions[u.name] * u.params) for u in units if u.kind != "embedding")
@@ -166,7 +169,6 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2, 0 if clock is None else clock.dense, params)
     calls = _calls(net, units, samples)
     candidates, what = _candidates(setting, tries, groups, goal.score, solving, judging, progress, clock, calls)
-    coupled = couplings(net, cut(solving[0], 8)[0], units) if goal.structured else {}
     known = setting.grids, setting.about, coupled, positions, setting.input_bits, clock, calls
     digits = DIGITS[-2] if judging and setting.correcting else FULL  # mostly enough: more would miss the target
     allocator = Allocator(net, setting.found, candidates, groups, *known, digits)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, TypeAlias, final
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid
 from featherweight.artifact.write import to_bytes
@@ -106,13 +107,13 @@ class Allocator:
     groups: tuple[tuple[int, ...], ...]
     grids: dict[str, ActivationGrid]
     about: dict[str, Any]
-    coupled: Mapping[str, str]
+    coupled: Mapping[str, tuple[str, ...]]
     positions: Mapping[str, float]
     input_bits: Mapping[str, int]
     clock: Clock | None = None
     calls: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
     digits: int = FULL
-    known: dict[tuple[int, int, int], dict[str, int]] = field(default_factory=dict)
+    known: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)
 
     def size(self, choices: Choices) -> int:
         """Bytes of the whole file, but for a few."""
@@ -146,8 +147,8 @@ class Allocator:
         """Without the rows that nothing reads."""
         units = {u.name: u for u in self.found.units}
         found = dict(solutions)
-        for name, reader in self.coupled.items():
-            needed = channels_read(solutions[reader].weight, units[reader])
+        for name, readers in self.coupled.items():
+            needed = _read({r: solutions[r].weight for r in readers}, units)
             if not needed.all():
                 weight = without_rows(solutions[name].weight, units[name], needed)
                 found[name] = replace(solutions[name], weight=weight)
@@ -169,14 +170,14 @@ class Allocator:
     def _own(self, i: int, choices: Choices) -> dict[str, int]:
         """What one unit costs beside the others, each case counted once; choices: of every unit."""
         unit = self.found.units[i]
-        names = [u.name for u in self.found.units]
-        r = names.index(self.coupled[unit.name]) if unit.name in self.coupled else i
-        key = i, choices[i], choices[r]
+        units = {u.name: u for u in self.found.units}
+        numbers = {u.name: k for k, u in enumerate(self.found.units)}
+        readers = {name: choices[numbers[name]] for name in self.coupled.get(unit.name, ())}
+        key = i, choices[i], *readers.values()
         if key not in self.known:
             weight = self.candidates[unit.name][choices[i]].solution.weight
-            if r != i:
-                reading = self.candidates[names[r]][choices[r]].solution.weight
-                needed = channels_read(reading, self.found.units[r])
+            if readers:
+                needed = _read({n: self.candidates[n][c].solution.weight for n, c in readers.items()}, units)
                 weight = weight if needed.all() else without_rows(weight, unit, needed)
             self.known[key] = {"bytes": stored_bytes(weight)} | self._operations(unit, weight)
         return self.known[key]
@@ -213,7 +214,7 @@ class Allocator:
         own, menus = [self._own(i, each) for each in [self.each(now)] for i in range(len(each))], []
         for g, (group, menu) in enumerate(zip(self.groups, self.menus(budgets, without), strict=True)):
             costs, names = menu.costs.copy(), {self.found.units[i].name for i in group}
-            if names & {*self.coupled, *self.coupled.values()}:
+            if names & {*self.coupled, *chain.from_iterable(self.coupled.values())}:
                 for j in range(len(costs)):
                     there = self.costs((*now[:g], j, *now[g + 1 :]), budgets)
                     costs[j] = [sum(own[i][b] for i in group) + there[b] - start[b] for b in budgets]
@@ -335,6 +336,11 @@ class Allocator:
             points.append((p.choices, Point(rests[used] + self.costs(p.choices, ["bytes"])["bytes"], p.loss)))
         points.sort(key=lambda x: (x[1].bytes, x[1].predicted))
         return [x for k, x in enumerate(points) if all(x[1].predicted < y[1].predicted for y in points[:k])]
+
+
+def _read(weights: Mapping[str, Weight], units: Mapping[str, Unit]) -> Tensor:
+    """Channels that at least one of these weights reads, (channels,) bool."""
+    return torch.stack([channels_read(w, units[name]) for name, w in weights.items()]).any(dim=0)
 
 
 def _cut(candidate: Candidate) -> Vectors | None:

@@ -29,11 +29,11 @@ def test_rows_that_one_layer_alone_reads_are_coupled_to_it():
     before = {n: t.clone() for n, t in net.state_dict().items()}
     found = couplings(net, Batch((torch.randn(4, 3, 8, 8),), {}), scan(net).units)
     assert found == {
-        "a.weight": "b.weight",
-        "b.weight": "expand.weight",  # the stem's rows serve two
-        "expand.weight": "project.weight",
-        "depthwise.weight": "project.weight",
-        "project.weight": "fc.weight",
+        "a.weight": ("b.weight",),
+        "b.weight": ("expand.weight",),  # the stem's rows are also added
+        "expand.weight": ("project.weight",),
+        "depthwise.weight": ("project.weight",),
+        "project.weight": ("fc.weight",),
     }
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
@@ -73,5 +73,5 @@ def test_what_gradients_do_not_show_is_tried():
     net = Hidden().eval()
     before = {n: t.clone() for n, t in net.state_dict().items()}
     found = couplings(net, Batch((torch.randn(16, 6),), {}), scan(net).units)
-    assert found == {"b.weight": "c.weight", "d.weight": "e.weight"}
+    assert found == {"b.weight": ("c.weight",), "d.weight": ("e.weight",)}
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())

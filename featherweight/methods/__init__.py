@@ -7,6 +7,7 @@ from featherweight.methods.base import Method as Method
 from featherweight.methods.base import Solution as Solution
 from featherweight.methods.base import Status as Status
 from featherweight.methods.books import Vectors as Vectors
+from featherweight.methods.channels import Given as Given
 from featherweight.methods.dictionary import DictionaryPairs as DictionaryPairs
 from featherweight.methods.ecq import Ecq as Ecq
 from featherweight.methods.ecq import EcqStep as EcqStep

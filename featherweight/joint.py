@@ -1,0 +1,53 @@
+"""Layers that read one tensor, as one choice: they remove the same channels, so that these need not be made."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from featherweight.layers import Unit
+from featherweight.methods import Channels, Method, Obs, PruneQuantize
+from featherweight.methods.channels import Given, kept_in_common
+from featherweight.stats import LayerStats
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def joined(
+    net: nn.Module,
+    units: Sequence[Unit],
+    stats: Mapping[str, LayerStats],
+    tries: Mapping[str, list[Method]],
+    groups: Groups,
+    fixed: Collection[str],
+    coupled: Mapping[str, tuple[str, ...]],
+) -> tuple[dict[str, list[Method]], Groups]:
+    """Candidates' methods and groups (see `candidates.tried`, `candidates.ties`), where the readers of a coupled tensor
+    are a group whose channels are chosen for all of them. Readers of which one is `fixed` or tied already stay apart.
+
+    Args:
+        coupled: see `coupling.couplings`.
+    """
+    number = {u.name: i for i, u in enumerate(units)}
+    found, left = dict(tries), list(groups)
+    for readers in dict.fromkeys(r for r in coupled.values() if len(r) > 1):
+        alone = [(number[n],) for n in readers]
+        levels = [s for m in tries[readers[0]] if isinstance(m, Obs) and (s := m.pattern.sparsity) > 0]
+        alike = all(tries[n] == tries[readers[0]] for n in readers)
+        if not levels or not alike or any(n in fixed for n in readers) or any(g not in left for g in alone):
+            continue
+        matrices = [units[number[n]].view.matrix(net.get_parameter(n).detach().cpu()) for n in readers]
+        given = kept_in_common(matrices, [stats[n] for n in readers], levels)
+        by_level = dict(zip(levels, given, strict=True))
+        found |= dict.fromkeys(readers, [_with(m, by_level) for m in tries[readers[0]]])
+        left = [g for g in left if g not in alone] + [tuple(sorted(number[n] for n in readers))]
+    return found, tuple(sorted(left))
+
+
+def _with(method: Method, given: Mapping[float, Given]) -> Method:
+    """A method that removes channels, with those that are given for its sparsity."""
+    pruner = method.prune if isinstance(method, PruneQuantize) else method
+    if not isinstance(pruner, Obs) or not isinstance(pruner.pattern, Channels) or pruner.pattern.sparsity == 0:
+        return method
+    own = given[pruner.pattern.sparsity]
+    return replace(method, prune=own) if isinstance(method, PruneQuantize) else own
