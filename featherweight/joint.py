@@ -39,7 +39,8 @@ def joined(
         matrices = [units[number[n]].view.matrix(net.get_parameter(n).detach().cpu()) for n in readers]
         given = kept_in_common(matrices, [stats[n] for n in readers], levels)
         by_level = dict(zip(levels, given, strict=True))
-        found |= dict.fromkeys(readers, [_with(m, by_level) for m in tries[readers[0]]])
+        methods = [_with(m, by_level) for m in tries[readers[0]]]
+        found |= {name: list(methods) for name in readers}
         left = [g for g in left if g not in alone] + [tuple(sorted(number[n] for n in readers))]
     return found, tuple(sorted(left))
 
