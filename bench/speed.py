@@ -1,9 +1,12 @@
 """Networks in int8 in onnxruntime, beside their own float32, onnxruntime's quantizer and NNCF's.
 
     python -m bench.speed files FOLDER [--only NETWORK] [--zoo ../shared/zoo.py] [--nncf PYTHON]
+    python -m bench.speed scores FOLDER [--only NETWORK] [--zoo ../shared/zoo.py]
     python -m bench.speed times FOLDER [--only NETWORK]
 
-`files` makes everything and measures accuracy: a .fw file by `featherweight compress --for speed`, its int8 graph by
+`files` makes everything and then, as `scores` does alone, measures accuracy, the share of images that get the class
+that float32 gives, and the mean divergence from float32's distribution over classes, which tells more than accuracy
+does where there are few images: a .fw file by `featherweight compress --for speed`, its int8 graph by
 `featherweight export`, the dense network as ONNX, what quantize_static makes of that after its pre-processing with each
 of its three ways to set ranges (QDQ, a scale for every channel, uint8 and int8), and what nncf.quantize makes of it.
 NNCF runs in an interpreter of its own that has nncf, onnx and onnxruntime. `times` runs them in turns on two threads,
@@ -59,6 +62,7 @@ NETWORKS: dict[str, dict[str, Any]] = {  # what is asked: times faster than fp32
 }
 WAYS = ("MinMax", "Entropy", "Percentile")
 DENSE, OURS = "float32", "featherweight"
+SCORES = ("top1", "same", "divergence")
 NNCF = """
 import sys, numpy as np, onnx, nncf
 dense, data, out = sys.argv[1:]
@@ -86,13 +90,9 @@ def files(name: str, folder: Path, zoo: Path, nncf: str | None) -> None:
     """Make all files of a network, and keep what is measured of them in FOLDER/NETWORK.json."""
     network, place = NETWORKS[name], folder / name
     place.mkdir(parents=True, exist_ok=True)
-    known = importlib.util.spec_from_file_location("zoo", zoo)
-    assert known is not None
-    assert known.loader is not None
-    shared = importlib.util.module_from_spec(known)
-    known.loader.exec_module(shared)
+    shared = loaded(zoo)
     images = getattr(shared, network["data"])().tensors[0][:CALIBRATION]
-    inputs, labels = getattr(shared, network["test"])().tensors
+    inputs = getattr(shared, network["test"])().tensors[0]
     spec, data, test = (f"{zoo}:{n}" for n in (name, network["data"], network["test"]))
     small = place / "small.fw"
     made = command(
@@ -114,20 +114,46 @@ def files(name: str, folder: Path, zoo: Path, nncf: str | None) -> None:
         np.save(place / "images.npy", images.numpy())
         out = str(place / "NNCF.onnx")
         subprocess.run([nncf, "-c", NNCF, str(dense), str(place / "images.npy"), out], check=True, stdout=sys.stderr)
-    accuracy = {}
-    for file in sorted(place.glob("*.onnx")):
-        run = in_onnxruntime(file)
-        found = np.concatenate([run([x.numpy()])[0].argmax(1) for x in inputs.split(50)])
-        accuracy[file.stem] = 100 * float((found == labels.numpy()).mean())
-        print(f"{name} {file.stem}: {accuracy[file.stem]:.2f}", flush=True)
     facts = {
-        "top1": accuracy,
         "torch": {"before": made["before"]["top1"], "after": made["after"]["top1"]},
         "bytes": {f.name: f.stat().st_size for f in (small, *sorted(place.glob("*.onnx")))},
         "exported": exported,
         "shape": list(inputs.shape[1:]),
     }
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    scores(name, folder, zoo)
+
+
+def scores(name: str, folder: Path, zoo: Path) -> None:
+    """What every file's outputs are worth, added to FOLDER/NETWORK.json."""
+    inputs, labels = getattr(loaded(zoo), NETWORKS[name]["test"])().tensors
+    found: dict[str, Any] = {"top1": {}, "same": {}, "divergence": {}}
+    paths = sorted((folder / name).glob("*.onnx"))
+    dense = outputs(folder / name / f"{DENSE}.onnx", inputs)
+    for file in paths:
+        own = outputs(file, inputs)
+        found["top1"][file.stem] = 100 * float((own.argmax(1) == labels).double().mean())
+        found["same"][file.stem] = 100 * float((own.argmax(1) == dense.argmax(1)).double().mean())
+        found["divergence"][file.stem] = float((dense.exp() * (dense - own)).sum(1).mean())
+        print(f"{name} {file.stem}: {', '.join(f'{k} {v[file.stem]:.4g}' for k, v in found.items())}", flush=True)
+    place = folder / f"{name}.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | found, indent=1) + "\n")
+
+
+def outputs(file: Path, inputs: torch.Tensor) -> torch.Tensor:
+    """Logarithms of the probabilities of the classes, float64 (samples, classes)."""
+    run = in_onnxruntime(file)
+    return torch.from_numpy(np.concatenate([run([x.numpy()])[0] for x in inputs.split(50)])).double().log_softmax(1)
+
+
+def loaded(zoo: Path) -> Any:
+    """The module of networks and data."""
+    known = importlib.util.spec_from_file_location("zoo", zoo)
+    assert known is not None
+    assert known.loader is not None
+    shared = importlib.util.module_from_spec(known)
+    known.loader.exec_module(shared)
+    return shared
 
 
 def operators(path: Path, shape: list[int], folder: Path) -> dict[str, int]:
@@ -164,23 +190,23 @@ def times(name: str, folder: Path, rounds: int, seconds: float) -> dict[str, Any
             rows.append(
                 {"batch": batch, "what": what, "ms": statistics.median(own), "lowest": min(own), "highest": max(own)}
                 | {"faster": statistics.median(ratios), "faster_lowest": ratios[0], "faster_highest": ratios[-1]}
-                | {"ours_faster": statistics.median(against), "top1": facts["top1"][what]}
+                | {"ours_faster": statistics.median(against)}
+                | {k: facts[k][what] for k in SCORES}
             )
             print(line(name, rows[-1]), flush=True)
     ran = {what: operators(path, facts["shape"], folder) for what, path in chosen.items()}
-    return {"rows": rows, "operators": ran} | {k: facts[k] for k in ("top1", "torch", "bytes")}
+    return {"rows": rows, "operators": ran} | {k: facts[k] for k in (*SCORES, "torch", "bytes")}
 
 
 def line(name: str, r: dict[str, Any]) -> str:
     spread = f"{r['faster']:.2f} ({r['faster_lowest']:.2f} to {r['faster_highest']:.2f})"
-    return (
-        f"| {name} | {r['batch']} | {r['what']} | {r['ms']:.3f} | {spread} | {r['ours_faster']:.2f} | {r['top1']:.2f} |"
-    )
+    known = f"{r['top1']:.2f} | {r['same']:.1f} % | {r['divergence']:.4f}"
+    return f"| {name} | {r['batch']} | {r['what']} | {r['ms']:.3f} | {spread} | {r['ours_faster']:.2f} | {known} |"
 
 
 def table(results: dict[str, Any], facts: dict[str, Any]) -> str:
-    lines = ["| network | images | what | ms | times faster than float32 | time of ours | top-1 |"]
-    lines.append("|---|--:|---|--:|--:|--:|--:|")
+    head = "network | images | what | ms | times faster than float32 | time of ours | top-1 | same class | divergence"
+    lines = [f"| {head} |", "|---|--:|---|--:|--:|--:|--:|--:|--:|"]
     lines += [line(name, r) for name, found in results.items() for r in found["rows"]]
     lines.append("\ntimes faster: median over rounds of the ratio within one, and the lowest and highest of them.")
     lines.append("time of ours: this one's time as a multiple of featherweight's, likewise.\n")
@@ -210,7 +236,7 @@ def facts_of_run() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("files", "times"))
+    parser.add_argument("what", choices=("files", "scores", "times"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS))
     parser.add_argument("--zoo", type=Path, default=Path("../shared/zoo.py"))
@@ -221,6 +247,10 @@ def main() -> int:
     if given.what == "files":
         for name in given.only:
             files(name, given.folder, given.zoo.resolve(), given.nncf)
+        return 0
+    if given.what == "scores":
+        for name in given.only:
+            scores(name, given.folder, given.zoo.resolve())
         return 0
     torch.set_num_threads(THREADS)
     results = {name: times(name, given.folder, given.rounds, given.seconds) for name in given.only}

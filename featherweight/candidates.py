@@ -7,7 +7,7 @@ solved again by the best ones, see `refined`.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -139,11 +139,13 @@ def ties(units: Sequence[Unit], patterns: Sequence[str]) -> tuple[tuple[int, ...
 def _structured(unit: Unit, goal: Goal) -> list[Method]:
     """Whole input channels, on grids where bytes or BOPs are limited, too."""
     levels = STRUCTURE if unit.view.matrix_shape[1] // unit.taps >= 4 else STRUCTURE[:1]
-    widths = CHANNEL_BITS if goal.among in ("both", "all") and not (goal.target is None and goal.bops is None) else ()
+    limited = goal.among in ("both", "all") and not (goal.target is None and goal.bops is None)
+    widths = (8,) if goal.runtime == "int8" else CHANNEL_BITS if limited else ()
     found: list[Method] = []
     for s in levels:
         pruner = Obs(Channels(s))
-        found += [pruner, *(PruneQuantize(pruner, Gptq(GridSpec(b, b == 8))) for b in widths)]
+        found += [] if goal.runtime == "int8" else [pruner]
+        found += [PruneQuantize(pruner, Gptq(GridSpec(b, b == 8))) for b in widths]
     return found
 
 
@@ -170,13 +172,13 @@ def _additive(unit: Unit, goal: Goal, weights: int) -> list[Method]:
 
 def _plain(goal: Goal) -> list[Method]:
     """The weight as it is, also on grids where bytes or BOPs are limited."""
-    return [Plain(), *(Gptq(GridSpec(b, b == 8)) for b in _factor_bits(goal))]
+    return _floats([Plain()], goal) + [Gptq(GridSpec(b, b == 8)) for b in _factor_bits(goal)]
 
 
 def _factored(unit: Unit, goal: Goal, with_data: bool) -> list[Method]:
     """Products of factors, of the form with the least error, where the layer can have one. Tensor rings, too, where
     nothing counts but numbers: they need the fewest, and multiply more often than the dense layer."""
-    grids = [None, *(GridSpec(b, b == 8) for b in _factor_bits(goal))]
+    grids = _floats([None], goal) + [GridSpec(b, b == 8) for b in _factor_bits(goal)]
     kernel = tuple(unit.view.shape[2:]) if unit.taps > 1 else ()
     names = ("best",) if goal.structured or goal.bops is not None or goal.params is None else ("best", "tr")
     every = [Factorize(n, keep, whiten=with_data, grid=g, sweeps=1) for n in names for keep in KEEP for g in grids]
@@ -184,8 +186,13 @@ def _factored(unit: Unit, goal: Goal, with_data: bool) -> list[Method]:
     return [m for m in own if isinstance(m, Factorize)]
 
 
+def _floats(forms: list[Any], goal: Goal) -> list[Any]:
+    """What is stored as floats, which nothing is where int8 computes."""
+    return [] if goal.runtime == "int8" else forms
+
+
 def _factor_bits(goal: Goal) -> tuple[int, ...]:
-    return () if goal.target is None and goal.bops is None else FACTOR_BITS
+    return (8,) if goal.runtime == "int8" else () if goal.target is None and goal.bops is None else FACTOR_BITS
 
 
 def refined(method: Method, bits: float | None) -> Method:

@@ -32,7 +32,7 @@ def joined(
     found, left = dict(tries), list(groups)
     for readers in dict.fromkeys(r for r in coupled.values() if len(r) > 1):
         alone = [(number[n],) for n in readers]
-        levels = [s for m in tries[readers[0]] if isinstance(m, Obs) and (s := m.pattern.sparsity) > 0]
+        levels = list(dict.fromkeys(s for m in tries[readers[0]] if (s := _removed(m)) > 0))
         alike = all(tries[n] == tries[readers[0]] for n in readers)
         if not levels or not alike or any(n in fixed for n in readers) or any(g not in left for g in alone):
             continue
@@ -45,10 +45,13 @@ def joined(
     return found, tuple(sorted(left))
 
 
+def _removed(method: Method) -> float:
+    """The share of its channels that a method removes, 0 for any other."""
+    pruner = method.prune if isinstance(method, PruneQuantize) else method
+    return pruner.pattern.sparsity if isinstance(pruner, Obs) and isinstance(pruner.pattern, Channels) else 0.0
+
+
 def _with(method: Method, given: Mapping[float, Given]) -> Method:
     """A method that removes channels, with those that are given for its sparsity."""
-    pruner = method.prune if isinstance(method, PruneQuantize) else method
-    if not isinstance(pruner, Obs) or not isinstance(pruner.pattern, Channels) or pruner.pattern.sparsity == 0:
-        return method
-    own = given[pruner.pattern.sparsity]
-    return replace(method, prune=own) if isinstance(method, PruneQuantize) else own
+    own = given.get(_removed(method))
+    return method if own is None else replace(method, prune=own) if isinstance(method, PruneQuantize) else own

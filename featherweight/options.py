@@ -62,8 +62,10 @@ TargetParams = Annotated[
 ]
 TargetBops = Annotated[str | None, typer.Option(help="the same, each times the bits of both factors (32 for floats)")]
 TargetLatency = Annotated[
-    str | None, typer.Option(help="time of one sample on this machine, layers made smaller: 4ms, 800us or 0.7x")
+    str | None,
+    typer.Option(help="time of a call on this machine: 4ms, 800us or 0.7x; in torch, or with --for speed in int8"),
 ]
+LatencyBatch = Annotated[int, typer.Option(help="samples of a call that --target-latency is about")]
 AmongKinds = Annotated[
     str, typer.Option("--among", help="what a target chooses from: quantize, prune, both, additive, factors or all")
 ]

@@ -44,10 +44,9 @@ def settle(net: nn.Module, recipe: Recipe, goal: Goal | None, with_data: bool = 
         return found, methods
     if not found.units:
         raise UsageError("a target needs at least one weight to choose for; every one is excluded")
-    if goal.latency is not None and input_bits(recipe, found):
-        raise UsageError(
-            "rounded inputs are simulated, which takes time: give --target-latency or --activations, not both"
-        )
+    if goal.latency is not None and goal.runtime == "torch" and input_bits(recipe, found):
+        what = "rounded inputs are simulated in torch, which takes time"
+        raise UsageError(f"{what}: give --target-latency or --activations, not both; --for speed measures in int8")
     tries, methods = tried(found.units, overridden(recipe, found), goal, with_data)[0], {}
     for unit in found.units:
         stored = [m.storage(unit.view.matrix_shape, unit.taps, unit.groups) for m in tries[unit.name]]

@@ -18,6 +18,9 @@ Score: TypeAlias = Literal["outputs", "labels", "measured"]
 """How a candidate is scored: by second order towards the network's own outputs, or the labels' cross-entropy; or by the
 distance that is measured with this weight alone replaced."""
 
+Runtime: TypeAlias = Literal["torch", "int8"]
+"""Where latency is measured: in torch; or in onnxruntime with weights and inputs in int8, as a share of its float32."""
+
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _FORM = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(x|%|[kMG]B|[KMG]iB|B)\s*")
 _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -111,7 +114,8 @@ class Goal:
     Args:
         target: of the file, see `target_bytes`. macs, bops, params: see `share_of`; BOPs are MACs times the bits of
             both factors, params are the numbers that are stored of all parameters, whatever their bits.
-        latency: see `microseconds`; of one sample on this machine, with the layers made smaller (`featherweight.slim`).
+        latency: see `microseconds`; of one call on this machine, with the layers made smaller (`featherweight.slim`).
+        samples: of such a call. runtime: what it runs in; with int8, all weights have 8 bits.
         among: what may be chosen from; with a limit of MACs or latency, pruning removes whole input channels.
         measurements: how many policies are measured, at most; by default as many as take about a minute or two.
         front: measure policies of other sizes, too, for a picture of accuracy against bytes.
@@ -129,6 +133,8 @@ class Goal:
     tied: tuple[str, ...] = ()
     latency: str | None = None
     params: str | int | None = None
+    samples: int = 1
+    runtime: Runtime = "torch"
 
     def __post_init__(self) -> None:
         if all(x is None for x in (self.target, self.macs, self.bops, self.latency, self.params)):
@@ -137,6 +143,12 @@ class Goal:
             raise UsageError(f"among must be one of {', '.join(get_args(Among))}, got {self.among!r}")
         if self.score not in get_args(Score):
             raise UsageError(f"score must be one of {', '.join(get_args(Score))}, got {self.score!r}")
+        if self.runtime not in get_args(Runtime):
+            raise UsageError(f"runtime must be one of {', '.join(get_args(Runtime))}, got {self.runtime!r}")
+        if not (type(self.samples) is int and self.samples > 0):
+            raise UsageError(f"samples must be a whole number above 0, got {self.samples!r}")
+        if self.latency is None and self.samples != 1:
+            raise UsageError("samples are those of a call whose latency has a limit; give latency as well")
         if self.measurements is not None and not (type(self.measurements) is int and self.measurements > 0):
             raise UsageError(f"measurements must be a whole number above 0, got {self.measurements!r}")
         if not (isinstance(self.tied, tuple) and all(isinstance(p, str) for p in self.tied)):

@@ -17,7 +17,7 @@ from featherweight.commands.packing import pack_checkpoint
 from featherweight.console import bars, out, plain_warnings, print_json
 from featherweight.database import Database
 from featherweight.errors import UsageError
-from featherweight.export.fast import MADE_FOR
+from featherweight.export.fast import MADE_FOR, SPEED
 from featherweight.picture import check_front, check_residuals, save_front, save_residuals
 from featherweight.pipeline import compress
 from featherweight.planning import Plan, plan
@@ -66,6 +66,7 @@ def compress_command(
     target_macs: opt.TargetMacs = None,
     target_bops: opt.TargetBops = None,
     target_latency: opt.TargetLatency = None,
+    latency_batch: opt.LatencyBatch = 1,
     target_params: opt.TargetParams = None,
     among: opt.AmongKinds = "all",
     score: opt.ScoreKind = "outputs",
@@ -106,7 +107,7 @@ def compress_command(
     if database is not None:
         Database.at(database)
     targets = target, target_macs, target_bops, target_latency, target_params
-    goal = _goal(targets, among, score, tie, measurements, front)
+    goal = _goal(targets, among, score, tie, measurements, front, (latency_batch, purpose))
     chosen_elsewhere = goal is not None or recipe is not None
     settings = opt.for_speed(purpose, opt.settings_of(locals()), data, chosen_elsewhere)
     if purpose is not None and activations is None and recipe is None and finetune_epochs == 0:
@@ -185,10 +186,12 @@ def plan_command(
     error: opt.Error = None,
     block: opt.Block = None,
     activations: opt.Activations = None,
+    purpose: opt.Purpose = None,
     target: opt.Target = None,
     target_macs: opt.TargetMacs = None,
     target_bops: opt.TargetBops = None,
     target_latency: opt.TargetLatency = None,
+    latency_batch: opt.LatencyBatch = 1,
     target_params: opt.TargetParams = None,
     among: opt.AmongKinds = "all",
     score: opt.ScoreKind = "outputs",
@@ -201,9 +204,11 @@ def plan_command(
     as_json: opt.Json = False,
 ) -> None:
     """Dry run: every weight with its method, or the reason why not; predicted bytes and time."""
-    settings = opt.settings_of(locals())
     targets = target, target_macs, target_bops, target_latency, target_params
-    goal = _goal(targets, among, score, tie, None, None)
+    goal = _goal(targets, among, score, tie, None, None, (latency_batch, purpose))
+    settings = opt.for_speed(purpose, opt.settings_of(locals()), data, goal is not None or recipe is not None)
+    if purpose is not None and activations is None and recipe is None:
+        activations = ACTIVATIONS
     chosen = _recipe(settings, goal, recipe, include, exclude, False, activations, None)
     shape = None if input_shape is None else shape_of(input_shape)
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
@@ -240,17 +245,21 @@ def _goal(
     tie: list[str] | None,
     measurements: int | None,
     front: Path | None,
+    run: tuple[int, str | None],
 ) -> Goal | None:
-    """What the options ask for; None without any target. targets: bytes, MACs, BOPs, latency, parameters."""
+    """What the options ask for; None without any target. targets: bytes, MACs, BOPs, latency, parameters. run: samples
+    of a call, and what the file is made for."""
     target, macs, bops, latency, params = targets
     if all(t is None for t in targets):
-        if (among, score) != ("all", "outputs") or tie or measurements is not None or front is not None:
-            options = "--among, --score, --tie, --measurements and --front"
+        own = (among, score, run[0]) != ("all", "outputs", 1)
+        if own or tie or measurements is not None or front is not None:
+            options = "--among, --score, --tie, --measurements, --front and --latency-batch"
             raise UsageError(f"{options} are of a target: give --target, for example 10x")
         return None
     if front is not None:
         check_output(front, None)
-    known = measurements, front is not None, score, tuple(tie or ()), latency, params
+    runtime = "int8" if latency is not None and run[1] == SPEED else "torch"
+    known = measurements, front is not None, score, tuple(tie or ()), latency, params, run[0], runtime
     return Goal(target, macs, bops, among, *known)  # pyright: ignore - it checks
 
 
