@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import featherweight as fw
 from bench.allocate import zoo
+from bench.augmented import Augmented
 from featherweight.artifact import Artifact, fill
 from featherweight.counting import dense_macs, macs_of, places, single
 from featherweight.data import Batch, batches
@@ -35,24 +36,6 @@ RESULTS = Path(__file__).parent / "results"
 NETWORK, CALIBRATION, TRAIN, TEST = "resnet20_cifar100", "cifar100_calibration", "cifar100_train", "cifar100_test"
 EXCLUDE = ["conv1.weight", "*shortcut*", "linear.weight"]
 FACTORS = ("lowrank", "spatial", "tucker", "tt", "tr", "cp", "factors")
-SHIFT = 4  # pixels, at most
-
-
-class Augmented(Dataset):
-    """Images of a data set, each flipped half of the time and shifted by up to SHIFT pixels, zeros coming in."""
-
-    def __init__(self, data: TensorDataset) -> None:
-        self.images, self.labels = data.tensors
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        down, right, flip = torch.randint(0, 2 * SHIFT + 1, (3,)).tolist()
-        image = self.images[i]
-        height, width = image.shape[-2:]
-        image = torch.nn.functional.pad(image, (SHIFT, SHIFT, SHIFT, SHIFT))[:, down:, right:][:, :height, :width]
-        return (image.flip(-1) if flip % 2 else image), self.labels[i]
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

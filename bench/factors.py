@@ -36,6 +36,7 @@ NETWORK, CALIBRATION = "resnet20_cifar10", "cifar10_calibration"
 SHARES = (0.35, 0.5, 0.7)
 ROWS = "--method lowrank --keep 0.205 --include lstm.weight_hh_l0"
 HALF_MACS = "--target-macs 0.5x --among factors"
+FEWER = "--target-params 0.4348x --among factors"
 FILES = {  # network: (calibration, test, training data, (settings, of finetuning) ...)
     "lstm_speech": (
         "speech_calibration",
@@ -58,6 +59,17 @@ FILES = {  # network: (calibration, test, training data, (settings, of finetunin
             ("--method rtn --bits 8", ""),
             ("--method rtn --bits 4", ""),
             (HALF_MACS, "--epochs 5 --precision bf16"),
+        ),
+    ),
+    "resnet20_cifar100": (
+        "cifar100_calibration",
+        "cifar100_test",
+        "bench/augmented.py:cifar100",
+        (
+            ("half", ""),
+            ("--method rtn --bits 8", ""),
+            ("--method rtn --bits 4", ""),
+            (FEWER, "--epochs 30 --learning-rate 1e-3 --labels 0.3 --precision bf16"),
         ),
     ),
 }
@@ -148,7 +160,8 @@ def line(zoo: Path, names: tuple[str, str, str, str], settings: str, tuning: str
     if not tuning:
         return [name, f"`{settings}`", "", *cells, ""]
     command = [sys.executable, "-m", "featherweight", "finetune", str(small), "-o", str(tuned), "--json"]
-    command += ["--model", f"{zoo}:{name}", "--train", f"{zoo}:{train}", "--test", f"{zoo}:{test}", *tuning.split()]
+    images = train if ":" in train else f"{zoo}:{train}"
+    command += ["--model", f"{zoo}:{name}", "--train", images, "--test", f"{zoo}:{test}", *tuning.split()]
     done = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return [name, f"`{settings}`", f"`{tuning}`", *cells, f"{done['top1']:.2f}"]
 
