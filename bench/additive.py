@@ -78,6 +78,7 @@ TUNED = {  # network: (calibration, test, training data, (target, epochs, other 
         "cifar100_train",
         (
             ("15.3x", 15, "--learning-rate 3e-3 --move-codes"),
+            ("7.2x", 0, ""),
             ("7.2x", 10, "--learning-rate 1e-3 --labels 0.1 --move-codes"),
         ),
     ),
@@ -385,14 +386,18 @@ def finetuned(zoo: Path, only: list[str] | None, folder: Path) -> None:
         for target, epochs, settings in every:
             small, tuned = folder / f"{name}-{target}.fw", folder / f"{name}-{target}-tuned.fw"
             x = once(small, partial(measure, zoo, name, calibration, test, f"--target {target}", small))
+            known = f"| {name} | {target} | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x "
+            known += f"| {x['before']:.2f} | {x['after']:.2f} |"
+            if epochs == 0:
+                keep_row("finetuned", head, f"{known} not at all | - | - | {x['compress_s']:.0f} s |", (1, 2, 7))
+                continue
             command = [sys.executable, "-m", "featherweight", "finetune", str(small), "-o", str(tuned), "--json"]
             command += ["--model", f"{zoo}:{name}", "--train", f"{zoo}:{train}", "--test", f"{zoo}:{test}"]
             command += ["--epochs", str(epochs), "--precision", "bf16", *settings.split()]
             command += ["--checkpoint", str(tuned.with_suffix(".part"))]
             done = once(tuned, partial(answer, command))
             row = (
-                f"| {name} | {target} | {x['file_bytes']:,} | {x['fp32_bytes'] / x['file_bytes']:.1f}x | "
-                f"{x['before']:.2f} | {x['after']:.2f} | {epochs} epochs of {train}, `{settings}` | "
+                f"{known} {epochs} epochs of {train}, `{settings}` | "
                 f"{done['top1']:.2f} | {tuned.stat().st_size:,} | {x['compress_s']:.0f} + {done['seconds']:.0f} s |"
             )
             print(row, flush=True)
