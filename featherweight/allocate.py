@@ -33,7 +33,7 @@ from featherweight.coupling import couplings
 from featherweight.data import Batch, cut, split
 from featherweight.database import Database, fingerprint
 from featherweight.errors import UsageError
-from featherweight.latency import Clock
+from featherweight.latency import Clock, Timer
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Method, Solution
 from featherweight.packing import DIGITS, FULL
@@ -227,7 +227,7 @@ def _candidates(
     solving: Sequence[Batch],
     judging: Sequence[Batch],
     progress: Progress,
-    clock: Clock | None,
+    clock: Timer | None,
     calls: Mapping[str, tuple[Place, ...]],
 ) -> tuple[dict[str, tuple[Candidate, ...]], str]:
     """Candidates by unit name, and what their scores are, for people: on samples that no candidate was solved on, where
@@ -274,7 +274,7 @@ def _solved(
     solving: Sequence[Batch],
     rise: Callable[[Unit, Solution], float],
     progress: Progress,
-    clock: Clock | None,
+    clock: Timer | None,
     calls: Mapping[str, tuple[Place, ...]],
 ) -> dict[str, tuple[Candidate, ...]]:
     count = sum(b.size for b in solving)

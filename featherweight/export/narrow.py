@@ -15,6 +15,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from featherweight.export.structure import WEIGHTED, attribute, channel_axis
 
+CODES = "_codes"  # that names of weights end in
 FOURS = 4  # onnxruntime's direct convolutions take channels by fours: 13 are slower than 16
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool")
 
@@ -52,7 +53,7 @@ def narrow(model: ModelProto) -> ModelProto:
     made = ModelProto.FromString(model.SerializeToString())
     graph = made.graph
     constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):  # that read tensors unseen
+    if _hides(model):
         return made
     layers = _layers(graph.node, constants)
     spaces = _spaces(graph, constants, layers)
@@ -73,10 +74,28 @@ def narrow(model: ModelProto) -> ModelProto:
     return made
 
 
+def free(model: ModelProto) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of weights of such a graph: those whose unused input channels go without another layer's doing, and those
+    whose outputs go where no reader uses them."""
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    layers = _layers(model.graph.node, constants)
+    spaces = {} if _hides(model) else _spaces(model.graph, constants, layers)
+    maker = {n: node for node in model.graph.node for n in node.output}
+    names = {o: maker[x.node.input[1]].input[0].removesuffix(CODES) for o, x in layers.items()}
+    alone = {id(s.readers[0]) for s in spaces.values() if not s.whole and len(s.readers) == 1}
+    readers = frozenset(names[o] for o, x in layers.items() if id(x) in alone)
+    return readers, frozenset(names[o] for o in layers if o in spaces and not spaces[o].whole)
+
+
 def held(needed: int, total: int) -> int:
     """How many of `total` channels stay in a graph where `needed` are read: a multiple of FOURS, as fewer would not be
     faster."""
     return min(-(-max(needed, 1) // FOURS) * FOURS, total)
+
+
+def _hides(model: ModelProto) -> bool:
+    """Whether graphs within nodes may read tensors unseen."""
+    return any(a.HasField("g") or a.graphs for node in model.graph.node for a in node.attribute)
 
 
 def _kept(need: np.ndarray) -> np.ndarray:
