@@ -33,8 +33,9 @@ from featherweight.coupling import couplings
 from featherweight.data import Batch, cut, split
 from featherweight.database import Database, fingerprint
 from featherweight.errors import UsageError
+from featherweight.export.clock import FastClock
 from featherweight.joint import joined
-from featherweight.latency import Clock
+from featherweight.latency import Clock, Timer
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Method, Solution
 from featherweight.packing import DIGITS, FULL
@@ -164,7 +165,7 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     setting = replace(setting, fixed={name: tries[name][0] for name in fixed})
     positions = {u.name: uses(setting.stats[u.name], count) for u in units}
     macs = sum(round(positions[u.name] * u.params) for u in units if u.kind != "embedding")
-    clock = None if goal.latency is None else Clock(net, solving[0], units)
+    clock = _clock(goal, net, solving[0], units, coupled) if goal.latency is not None else None
     params = sum(p.numel() for p in net.parameters())
     limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2, 0 if clock is None else clock.dense, params)
     calls = _calls(net, units, samples)
@@ -221,6 +222,15 @@ def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool =
     return Stage(allocator, limits, task, choices, pruned, trust, outcome)
 
 
+def _clock(
+    goal: Goal, net: nn.Module, batch: Batch, units: Sequence[Unit], coupled: Mapping[str, tuple[str, ...]]
+) -> Timer:
+    """Of the runtime that the limit of latency is about."""
+    if goal.runtime == "int8":
+        return FastClock(net, batch, units, samples=goal.samples, together=frozenset(coupled.values()))
+    return Clock(net, batch, units, samples=goal.samples)
+
+
 def _candidates(
     setting: Setting,
     tries: Mapping[str, Sequence[Method]],
@@ -229,7 +239,7 @@ def _candidates(
     solving: Sequence[Batch],
     judging: Sequence[Batch],
     progress: Progress,
-    clock: Clock | None,
+    clock: Timer | None,
     calls: Mapping[str, tuple[Place, ...]],
 ) -> tuple[dict[str, tuple[Candidate, ...]], str]:
     """Candidates by unit name, and what their scores are, for people: on samples that no candidate was solved on, where
@@ -276,7 +286,7 @@ def _solved(
     solving: Sequence[Batch],
     rise: Callable[[Unit, Solution], float],
     progress: Progress,
-    clock: Clock | None,
+    clock: Timer | None,
     calls: Mapping[str, tuple[Place, ...]],
 ) -> dict[str, tuple[Candidate, ...]]:
     count = sum(b.size for b in solving)

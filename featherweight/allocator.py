@@ -21,7 +21,7 @@ from featherweight.candidates import (
 from featherweight.counting import Place
 from featherweight.errors import InfeasibleError
 from featherweight.knapsack import Menu, Policy, front
-from featherweight.latency import Clock
+from featherweight.latency import Timer
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Solution, Vectors
 from featherweight.methods.additive import additive_of
@@ -110,7 +110,7 @@ class Allocator:
     coupled: Mapping[str, tuple[str, ...]]
     positions: Mapping[str, float]
     input_bits: Mapping[str, int]
-    clock: Clock | None = None
+    clock: Timer | None = None
     calls: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
     digits: int = FULL
     known: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)
@@ -161,7 +161,7 @@ class Allocator:
             return 0
         sizes = [(u.view.matrix_shape[0], u.view.matrix_shape[1] // u.taps) for u in self.found.units]
         whole = sum(self.clock.layer(u, *size) for u, size in zip(self.found.units, sizes, strict=True))
-        return max(self.clock.dense - whole, 0)
+        return max(self.clock.whole - whole, 0)
 
     def _operations(self, unit: Unit, weight: Weight) -> dict[str, int]:
         known = self.positions[unit.name], self.input_bits.get(unit.name, 0), self.clock

@@ -18,7 +18,7 @@ from featherweight.counting import Place, chain_macs, dense_macs
 from featherweight.database import Database, Shared
 from featherweight.errors import SolveError, UsageError
 from featherweight.knapsack import Menu, useful
-from featherweight.latency import Clock
+from featherweight.latency import Timer
 from featherweight.layers import Unit, matching
 from featherweight.methods import (
     Additive,
@@ -224,7 +224,7 @@ def solve_candidates(
     store: Database,
     progress: Callable[[str, int, int], None],
     groups: Sequence[Sequence[int]] | None = None,
-    clock: Clock | None = None,
+    clock: Timer | None = None,
     calls: Mapping[str, tuple[Place, ...]] | None = None,
 ) -> dict[str, tuple[Candidate, ...]]:
     """Candidates by unit name, those left out that another one beats in bytes, MACs, BOPs, parameters and rise.
@@ -282,7 +282,7 @@ def operations(
     unit: Unit,
     positions: float,
     input_bits: int,
-    clock: Clock | None,
+    clock: Timer | None,
     calls: Sequence[Place] = (),
 ) -> dict[str, int]:
     """MACs, BOPs, latency and parameters of one weight, see `Candidate`. positions: see `uses`. calls: of its layer for

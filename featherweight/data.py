@@ -135,6 +135,22 @@ def cut(batch: Batch, pieces: int) -> list[Batch]:
     ]
 
 
+def resized(batch: Batch, samples: int) -> Batch | None:
+    """A call of so many samples: the first ones, repeated where there are fewer. None where some value is not per
+    sample."""
+    size = batch.size
+    if size == samples:
+        return batch
+    if not size or not all(_sliceable(v, size) for v in (*batch.args, *batch.kwargs.values())):
+        return None
+    order = [i % size for i in range(samples)]
+
+    def own(value: Any) -> Any:
+        return value[order] if isinstance(value, Tensor) else [value[i] for i in order]
+
+    return Batch(tuple(own(v) for v in batch.args), {k: own(v) for k, v in batch.kwargs.items()})
+
+
 def _sliceable(value: Any, size: int) -> bool:
     return (isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)) and len(value) == size
 

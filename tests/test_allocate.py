@@ -530,7 +530,7 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
 
     class Scripted:
         def __init__(self, net, batch, units) -> None:
-            self.dense = next(script)
+            self.dense = self.whole = next(script)
 
         def layer(self, unit, rows, channels):
             return rows * channels if unit.kind == "conv" else 0

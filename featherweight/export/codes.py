@@ -11,7 +11,7 @@ from onnx import NodeProto
 from featherweight.artifact.schema import StoredUnit
 from featherweight.export.structure import channel_axis
 from featherweight.methods.grids import GridSpec, choose
-from featherweight.weights import Grid
+from featherweight.weights import Grid, Sparse
 from featherweight.weights.grid import symmetric_zero
 
 NEAR = 1e-4  # of a row's largest weight: how far a folded row may be from the file's, scaled
@@ -48,13 +48,15 @@ def codes_of(node: NodeProto, weight: np.ndarray, units: Mapping[str, StoredUnit
 
 
 def _of_the_file(matrix: np.ndarray, unit: StoredUnit) -> tuple[np.ndarray, np.ndarray] | None:
-    """The file's codes and its scales times what BatchNorm multiplies a row by; None where the file has no grid with
-    one scale a row, codes beyond int8, or rows that are no multiples of the graph's."""
-    grid = unit.weight
+    """The file's codes, 0 where it keeps no weight, and its scales times what BatchNorm multiplies a row by; None where
+    the file has no grid with one scale a row, codes beyond int8, or rows that are no multiples of the graph's."""
+    sparse = unit.weight if isinstance(unit.weight, Sparse) else None
+    grid = unit.weight if sparse is None else sparse.values
     if not isinstance(grid, Grid) or grid.scale.shape[1] != 1:
         return None
     zero = symmetric_zero(grid.nbits) if grid.zero is None else grid.zero.double()
     whole = (grid.codes.double() - zero).numpy()
+    whole = whole if sparse is None else np.where(sparse.mask.numpy(), whole, 0)
     file = unit.tensor().double().flatten(1).numpy()
     if file.shape != matrix.shape or (whole != np.round(whole)).any() or len(whole) != len(matrix):
         return None

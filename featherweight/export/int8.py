@@ -19,10 +19,10 @@ from featherweight.artifact import Artifact
 from featherweight.artifact.schema import StoredUnit
 from featherweight.errors import UsageError
 from featherweight.export.codes import Codes, codes_of
+from featherweight.export.narrow import FOURS, narrow
 from featherweight.export.ranges import Fitted, fitted
 from featherweight.export.structure import WEIGHTED, Structure, attribute, computable, structure, tidied
 
-FEWEST = 4  # channels that onnxruntime's direct convolutions need: those of an image become four, which is faster
 LARGEST = 2.0**30  # of a bias in steps: int32 leaves as much again for the sum
 
 
@@ -32,7 +32,7 @@ def int8_graph(
     samples: Sequence[Mapping[str, np.ndarray]],
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> ModelProto:
-    """The network in int8.
+    """The network in int8, without channels that nothing reads, see `narrow`.
 
     Args:
         float_model: opset 13 or later, weights as float32 initializers under the names of the parameters.
@@ -57,7 +57,7 @@ def int8_graph(
         if unit is not None and unit.input is not None and unit.input.bits == 8:
             known.setdefault(graph.rounded[node.input[0]], unit.input)
     found = fitted(graph, codes, known, samples, progress)
-    return _Writer(graph, codes, found).model()
+    return narrow(_Writer(graph, codes, found).model())
 
 
 def weights_of(float_model: ModelProto, artifact: Artifact | None) -> dict[str, Codes]:
@@ -151,7 +151,7 @@ class _Writer:
         if node.op_type != "Conv" or attribute(node, "group", 1) != 1:
             return 0
         channels = self.codes[node.input[1]].codes.shape[1]
-        return FEWEST - channels if channels < FEWEST else 0
+        return FOURS - channels if channels < FOURS else 0
 
     def _read(self, name: str, more: int = 0, rank: int = 4) -> str:
         """The float that a node reads: of a rounded tensor a DequantizeLinear of its own, as fusing needs it. more:

@@ -153,8 +153,9 @@ def _type(values: np.ndarray) -> int:
     return int(helper.np_dtype_to_tensor_dtype(values.dtype))
 
 
-def session_of(model: bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """On the CPU, without warnings; torch's number of threads where none is given.
+def session_of(model: bytes, threads: int | None = None, optimized: bool = True) -> onnxruntime.InferenceSession:
+    """On the CPU, without warnings; torch's number of threads where none is given. optimized: whether onnxruntime may
+    change the graph.
 
     Raises:
         UsageError: onnxruntime does not take the graph.
@@ -162,6 +163,8 @@ def session_of(model: bytes, threads: int | None = None) -> onnxruntime.Inferenc
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own

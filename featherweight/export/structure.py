@@ -49,8 +49,8 @@ def attribute(node: NodeProto, name: str, otherwise: Any = None) -> Any:
 
 
 def tidied(model: ModelProto) -> ModelProto:
-    """A copy with BatchNorms folded into the convolutions before them, means over positions as average pools, and no
-    Identity."""
+    """A copy with BatchNorms folded into the convolutions before them, means over positions as average pools, Flatten
+    where a Reshape does that, and no Identity."""
     model = ModelProto.FromString(model.SerializeToString())
     graph = model.graph
     constants = {t.name: t for t in graph.initializer}
@@ -66,10 +66,13 @@ def tidied(model: ModelProto) -> ModelProto:
         if node.op_type == "Identity" and node.output[0] not in results:
             same[node.output[0]] = node.input[0]
             graph.node.remove(node)
-    ranks = _ranks(model)
-    for node in [n for n in graph.node if n.op_type == "ReduceMean" and ranks.get(n.input[0]) == 4]:
+    shapes = _shapes(model)
+    for node in [n for n in graph.node if n.op_type == "ReduceMean" and len(shapes.get(n.input[0], ())) == 4]:
         if _over_positions(node, constants):
             _as_pool(graph, node)
+    for node in [n for n in graph.node if n.op_type == "Reshape" and n.input[1] in constants]:
+        if _flattens(shapes.get(node.input[0], ()), numpy_helper.to_array(constants[node.input[1]]).tolist()):
+            node.CopyFrom(helper.make_node("Flatten", node.input[:1], node.output, name=node.name, axis=1))
     used = {n for node in graph.node for n in node.input}
     del graph.initializer[:]
     graph.initializer.extend(t for t in constants.values() if t.name in used)
@@ -184,10 +187,17 @@ def _as_pool(graph: Any, mean: NodeProto) -> None:
     graph.node.insert(place + 1, helper.make_node("Flatten", [f"{result}_pooled"], [result], axis=1))
 
 
-def _ranks(model: ModelProto) -> dict[str, int]:
+def _flattens(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a tensor of this shape, 0 where it is not known, keeps its first dimension and gets one other."""
+    inner = int(np.prod(shape[1:])) if len(shape) > 1 else 0
+    return inner > 0 and list(wanted) == [-1, inner]
+
+
+def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """Of tensors; 0 for a dimension that is not known."""
     graph = onnx.shape_inference.infer_shapes(model).graph
-    known = [*graph.input, *graph.value_info, *graph.output]
-    return {v.name: len(v.type.tensor_type.shape.dim) for v in known if v.type.tensor_type.HasField("shape")}
+    known = [v for v in (*graph.input, *graph.value_info, *graph.output) if v.type.tensor_type.HasField("shape")]
+    return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in known}
 
 
 def _fold_norms(graph: Any, constants: dict[str, TensorProto]) -> None:
