@@ -529,7 +529,7 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
     script = iter([1000, *times])
 
     class Scripted:
-        def __init__(self, net, batch, units) -> None:
+        def __init__(self, net, batch, units, samples) -> None:
             self.dense = self.whole = next(script)
 
         def layer(self, unit, rows, channels):
