@@ -191,7 +191,24 @@ class Allocator:
         return {u.name: self.candidates[u.name][c] for u, c in zip(self.found.units, self.each(choices), strict=True)}
 
     def cheapest(self, budget: str, without: Cuts = frozenset()) -> Choices:
-        return tuple(int(menu.costs[:, 0].argmin()) for menu in self.menus([budget], without))
+        """The choices with the least costs, each for itself; of latency then one after another beside the others, as a
+        layer may take longer with fewer rows."""
+        found = tuple(int(menu.costs[:, 0].argmin()) for menu in self.menus([budget], without))
+        return self._lowered(found, budget) if self.coupled and budget == "latency" else found
+
+    def _lowered(self, now: Choices, budget: str) -> Choices:
+        """Choices of which no single one lowers the cost of the whole."""
+        least = self.costs(now, [budget])[budget]
+        sizes = [len(self.candidates[self.found.units[group[0]].name]) for group in self.groups]
+        better = True
+        while better:
+            better = False
+            for g, size in enumerate(sizes):
+                for j in range(size):
+                    there = (*now[:g], j, *now[g + 1 :])
+                    if (cost := self.costs(there, [budget])[budget]) < least:
+                        now, least, better = there, cost, True
+        return now
 
     def menus(self, budgets: Sequence[str], without: Cuts = frozenset()) -> tuple[Menu, ...]:
         """With a cost for each budget, each unit's alone: with couplings their sum is more than the true cost. without:

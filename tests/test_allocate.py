@@ -23,7 +23,7 @@ from featherweight.scores import CORRECTING, Scores
 from featherweight.search import TEMPERATURE
 from featherweight.stats import LayerStats, capture
 from featherweight.target import Goal, share_of
-from featherweight.weights import Factors
+from featherweight.weights import Factors, Sparse
 from tests.nets import images, tiny, words
 
 
@@ -550,6 +550,52 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
             fw.compress(chain(), images(64), target=target)
         with pytest.raises(InfeasibleError, match="smallest reachable latency"):
             fw.compress(chain(), images(64), target=goal(None, latency="1us"))
+
+
+def test_a_floor_knows_that_fewer_rows_may_take_longer(monkeypatch):
+    class Uneven:
+        """Whatever has fewer rows than before takes longer than all that fewer channels gain."""
+
+        batch, dense, whole = batches(images(1))[0], 100, 100
+
+        def __init__(self, net, batch, units, samples) -> None:
+            pass
+
+        def layer(self, unit, rows, channels):
+            return channels + (0 if rows == unit.view.matrix_shape[0] else 100)
+
+    monkeypatch.setattr(allocate, "Clock", Uneven)
+    found = fw.plan(chain(), images(64), target=goal(None, latency="100us")).allocation
+    assert found.floor["latency"] <= found.latency <= 100
+
+
+def test_a_target_in_int8_removes_channels_and_gives_a_narrower_graph(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from featherweight.export.fast import export_int8
+
+    wide, data = chain(), batches(images(64))
+    with torch.no_grad():
+        wide[4].weight[:, 8:] *= 1e-3  # most of what the second convolution makes is hardly read
+    small = fw.compress(wide, images(64), target=goal(None, latency="10s", runtime="int8", samples=8))
+    stored = {u.names[0]: u.weight for u in small.artifact.units}
+    assert all(isinstance(w, Sparse) and w.values.nbits == 8 for w in stored.values())
+    assert small.report.allocation.latency > 0
+    method = PruneQuantize(fw.Obs(fw.Channels(0.5)), fw.Gptq(fw.GridSpec(8, symmetric=True)))
+    recipe = fw.Recipe(fw.Gptq(fw.GridSpec(8, symmetric=True)), overrides=(fw.Override("4.*", method),))
+    fewer = fw.compress(wide, images(64), recipe=recipe)
+    export_int8(fewer.artifact, chain(), data, tmp_path / "fewer.onnx", lambda *_: None)
+    shapes = [tuple(t.dims) for t in onnx.load(tmp_path / "fewer.onnx").graph.initializer if len(t.dims) == 4]
+    assert shapes == [(16, 4, 3, 3), (8, 16, 3, 3), (16, 8, 3, 3)]  # four more have codes of zero alone
+
+
+def test_what_a_call_is_must_make_sense():
+    with pytest.raises(UsageError, match="runtime must be"):
+        goal(None, latency="1ms", runtime="tpu")
+    with pytest.raises(UsageError, match="samples must be"):
+        goal(None, latency="1ms", samples=0)
+    with pytest.raises(UsageError, match="give latency as well"):
+        goal("6x", samples=8)
 
 
 # ---------------------------------------------------------------- parameters
