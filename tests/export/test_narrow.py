@@ -51,17 +51,22 @@ class Forked(nn.Module):
 
 
 class Residual(nn.Module):
-    """A block, and a layer after it; `first` and `inner.1` make what is added."""
+    """A block, and a layer after it; `first` and `inner.1` make what is added. shown: something else reads what
+    `inner.1` makes, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, turned: bool = False, shown: bool = False) -> None:
         super().__init__()
+        self.turned, self.shown = turned, shown
         self.first = nn.Conv2d(4, 16, 3, padding=1)
         self.inner = nn.ModuleList([nn.Conv2d(16, 12, 3, padding=1), nn.Conv2d(12, 16, 3, padding=1)])
         self.last = nn.Conv2d(16, 8, 3)
 
     def forward(self, x):
         x = torch.relu(self.first(x))
-        return self.last(torch.relu(x + self.inner[1](torch.relu(self.inner[0](x)))))
+        y = self.inner[1](torch.relu(self.inner[0](x)))
+        shown = torch.sigmoid(y)
+        z = self.last(torch.relu(y + x if self.turned else x + y))
+        return (z, shown) if self.shown else z
 
 
 class Flat(nn.Module):
@@ -160,16 +165,17 @@ def test_of_two_readers_both_must_do_without(monkeypatch):
     assert found == {"a": (12, 4), "b": (8, 12), "c": (8, 12)}
 
 
-def test_what_is_added_goes_on_both_sides(monkeypatch):
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_added_goes_on_both_sides(turned, monkeypatch):
     torch.manual_seed(0)
-    inside = narrowed(without(Residual(), inner_1=[*range(4)]), some(), monkeypatch)
+    inside = narrowed(without(Residual(turned), inner_1=[*range(4)]), some(), monkeypatch)
     assert inside == {"first": (16, 4), "inner.0": (8, 16), "inner.1": (16, 8), "last": (8, 16)}
-    torch.manual_seed(0)
-    one = narrowed(without(Residual(), last=[*range(4)]), some(), monkeypatch)
+    one = narrowed(without(Residual(turned), last=[*range(4)]), some(), monkeypatch)
     assert one == {"first": (16, 4), "inner.0": (12, 16), "inner.1": (16, 12), "last": (8, 16)}
-    torch.manual_seed(0)
-    both = narrowed(without(Residual(), last=[*range(4)], inner_0=[*range(6)]), some(), monkeypatch)
+    both = narrowed(without(Residual(turned), last=[*range(4)], inner_0=[*range(6)]), some(), monkeypatch)
     assert both == {"first": (12, 4), "inner.0": (12, 12), "inner.1": (12, 12), "last": (8, 12)}
+    shown = narrowed(without(Residual(turned, shown=True), last=[*range(4)], inner_0=[*range(6)]), some(), monkeypatch)
+    assert shown == {"first": (16, 4), "inner.0": (12, 16), "inner.1": (16, 12), "last": (8, 16)}
 
 
 def test_features_of_a_flattened_channel_go_together(monkeypatch):
