@@ -145,13 +145,33 @@ class Stage:
 
 
 def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool = True) -> Stage:
-    """Score, choose, and with `measuring` measure and improve.
+    """Score, choose, and with `measuring` measure and improve. Where MACs or latency are limited and everything may be
+    chosen, channels are removed or layers become factors, whichever comes closer to the dense network: the two are not
+    mixed, as a layer of factors reads every channel.
 
     Raises:
         InfeasibleError: a limit is below its floor.
         UsageError: MACs, BOPs or latency are limited and there are no data to count them on; weights are tied that
             cannot be; the score cannot be had from these data.
     """
+    if goal.among != "all" or not goal.structured:
+        return _allocated(setting, goal, progress, measuring)
+    found: list[Stage] = []
+    refused: list[InfeasibleError] = []
+    for among in ("both", "factors"):
+        folder = setting.folder / among
+        folder.mkdir()
+        try:
+            found.append(_allocated(replace(setting, folder=folder), replace(goal, among=among), progress, measuring))
+        except InfeasibleError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    return min(found, key=lambda s: s.outcome.predicted if s.outcome.measured is None else s.outcome.measured)
+
+
+def _allocated(setting: Setting, goal: Goal, progress: Progress, measuring: bool) -> Stage:
+    """With one kind of candidates."""
     net, units, samples = setting.net, setting.found.units, setting.samples
     if not samples and (goal.structured or goal.bops is not None):
         raise UsageError("a target for MACs, BOPs or latency needs data: they depend on the size of the inputs")

@@ -230,10 +230,10 @@ def test_tied_weights_get_one_choice(solved):
 
 
 def test_tied_channels_are_counted_with_what_reads_them():
-    small = fw.compress(chain(), images(64), target=goal(None, macs="0.5x", tied=("2.*", "4.*")))
+    small = fw.compress(chain(), images(64), target=goal(None, macs="0.5x", among="both", tied=("2.*", "4.*")))
     found = small.report.allocation
     assert found.macs <= found.limits["macs"]
-    small = fw.compress(chain(), images(64), target=goal(None, macs="0.5x", tied=("[24].*",)))
+    small = fw.compress(chain(), images(64), target=goal(None, macs="0.5x", among="both", tied=("[24].*",)))
     methods = {r.name: r.method for r in small.report.rows}
     assert methods["2.weight"] == methods["4.weight"]
     assert 0.7 * small.report.allocation.limits["macs"] <= small.report.allocation.macs
@@ -342,7 +342,7 @@ def chain() -> nn.Module:
 @pytest.mark.parametrize("share", ["0.8x", "0.5x", "0.25x"])
 def test_multiplications_are_removed_and_counted_again(share):
     model, data = chain(), images(64)
-    small = fw.compress(model, data, target=goal(None, macs=share))
+    small = fw.compress(model, data, target=goal(None, macs=share, among="both"))
     found = small.report.allocation
     dense = 64 * (27 * 16 + 144 * 24 + 216 * 16) + 160
     assert found.dense_macs == dense
@@ -358,7 +358,7 @@ def test_multiplications_are_removed_and_counted_again(share):
 
 
 def test_multiplications_and_bytes_together():
-    small = fw.compress(chain(), images(64), target=goal("8x", macs="0.6x"))
+    small = fw.compress(chain(), images(64), target=goal("8x", macs="0.6x", among="both"))
     found = small.report.allocation
     assert small.report.file_bytes <= found.limits["bytes"]
     assert found.macs <= found.limits["macs"]
@@ -386,7 +386,7 @@ def test_bops_hold_whatever_masks_the_last_solve_finds(share):
 
 @pytest.mark.parametrize("share", ["0.12x", "0.05x"])
 def test_few_multiplications_are_reachable_where_the_floor_says_so(share):
-    found = fw.compress(mlp(), vectors(), target=goal(None, macs=share)).report.allocation
+    found = fw.compress(mlp(), vectors(), target=goal(None, macs=share, among="both")).report.allocation
     assert found.floor["macs"] <= found.macs <= found.limits["macs"]
 
 
@@ -478,7 +478,7 @@ def test_what_a_progress_callback_returns_does_not_matter():
 
 def test_rows_that_nothing_reads_are_not_stored():
     model, data = chain(), images(64)
-    small = fw.compress(model, data, target=goal(None, macs="0.4x"))
+    small = fw.compress(model, data, target=goal(None, macs="0.4x", among="both"))
     stored = {u.names[0]: u.weight for u in small.artifact.units}
     units = {u.name: u for u in scan(model).units}
     positions = {"0.weight": 64, "2.weight": 64, "4.weight": 64, "8.weight": 1}
@@ -492,7 +492,7 @@ def test_rows_that_nothing_reads_are_not_stored():
 
 
 def test_a_network_with_removed_channels_can_be_made_smaller(tmp_path):
-    small = fw.compress(chain(), images(64), target=goal(None, macs="0.5x"))
+    small = fw.compress(chain(), images(64), target=goal(None, macs="0.5x", among="both"))
     small.save(tmp_path / "s.fw")
     net = fw.load(tmp_path / "s.fw", chain())
     x = images(64).tensors[0]
@@ -541,7 +541,7 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
         batch = batches(images(1))[0]
 
     monkeypatch.setattr(allocate, "Clock", Scripted)
-    target = goal(None, latency="800us")
+    target = goal(None, latency="800us", among="both")
     if len(times) == 2:
         found = fw.compress(chain(), images(64), target=target).report.allocation
         assert (found.latency, found.dense_latency, found.limits) == (500, 1000, {"latency": 800})
@@ -549,7 +549,7 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
         with pytest.raises(InfeasibleError, match="tries the network still misses its target by 100 microseconds"):
             fw.compress(chain(), images(64), target=target)
         with pytest.raises(InfeasibleError, match="smallest reachable latency"):
-            fw.compress(chain(), images(64), target=goal(None, latency="1us"))
+            fw.compress(chain(), images(64), target=goal(None, latency="1us", among="both"))
 
 
 def test_a_floor_knows_that_fewer_rows_may_take_longer(monkeypatch):
@@ -565,7 +565,7 @@ def test_a_floor_knows_that_fewer_rows_may_take_longer(monkeypatch):
             return channels + (0 if rows == unit.view.matrix_shape[0] else 100)
 
     monkeypatch.setattr(allocate, "Clock", Uneven)
-    found = fw.plan(chain(), images(64), target=goal(None, latency="100us")).allocation
+    found = fw.plan(chain(), images(64), target=goal(None, latency="100us", among="both")).allocation
     assert found.floor["latency"] <= found.latency <= 100
 
 
@@ -577,7 +577,7 @@ def test_a_target_in_int8_removes_channels_and_gives_a_narrower_graph(tmp_path):
     wide, data = chain(), batches(images(64))
     with torch.no_grad():
         wide[4].weight[:, 8:] *= 1e-3  # most of what the second convolution makes is hardly read
-    small = fw.compress(wide, images(64), target=goal(None, latency="10s", runtime="int8", samples=8))
+    small = fw.compress(wide, images(64), target=goal(None, latency="10s", runtime="int8", samples=8, among="both"))
     stored = {u.names[0]: u.weight for u in small.artifact.units}
     assert all(isinstance(w, Sparse) and w.values.nbits == 8 for w in stored.values())
     assert small.report.allocation.latency > 0
@@ -587,6 +587,24 @@ def test_a_target_in_int8_removes_channels_and_gives_a_narrower_graph(tmp_path):
     export_int8(fewer.artifact, chain(), data, tmp_path / "fewer.onnx", lambda *_: None)
     shapes = [tuple(t.dims) for t in onnx.load(tmp_path / "fewer.onnx").graph.initializer if len(t.dims) == 4]
     assert shapes == [(16, 4, 3, 3), (8, 16, 3, 3), (16, 8, 3, 3)]  # four more have codes of zero alone
+
+
+@pytest.mark.parametrize("lowrank", [True, False])
+def test_channels_go_or_layers_become_factors_whichever_is_closer(lowrank):
+    model = chain()
+    with torch.no_grad():
+        if lowrank:
+            for layer in (model[2], model[4]):
+                left, _, right = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+                layer.weight.copy_((left[:, :3] @ right[:3]).reshape(layer.weight.shape))
+        else:
+            model[4].weight[:, ::2] = 0
+    small = fw.compress(model, images(64), target=goal(None, macs="0.6x"))
+    stored = {u.names[0]: u.weight for u in small.artifact.units}
+    assert any(isinstance(w, Factors) for w in stored.values()) == lowrank
+    assert small.report.allocation.macs <= small.report.allocation.limits["macs"]
+    x = images(8).tensors[0]
+    assert torch.allclose(fill(chain(), small.artifact)(x), model(x), atol=0.02)
 
 
 def test_what_a_call_is_must_make_sense():
