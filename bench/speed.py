@@ -6,7 +6,8 @@
 
 `files` makes everything and then, as `scores` does alone, measures accuracy, the share of images that get the class
 that float32 gives, and the mean divergence from float32's distribution over classes, which tells more than accuracy
-does where there are few images (where a network has a target for latency, nothing else should run during `files`): a .fw file by `featherweight compress --for speed`, its int8 graph by
+does where there are few images (where a network has a target for latency, nothing else should run during `files`): a
+.fw file by `featherweight compress --for speed`, its int8 graph by
 `featherweight export`, the dense network as ONNX, what quantize_static makes of that after its pre-processing with each
 of its three ways to set ranges (QDQ, a scale for every channel, uint8 and int8), and what nncf.quantize makes of it.
 NNCF runs in an interpreter of its own that has nncf, onnx and onnxruntime. `times` runs them in turns on two threads,

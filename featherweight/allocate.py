@@ -32,7 +32,7 @@ from featherweight.counting import LAYERS, Place, places, single
 from featherweight.coupling import couplings
 from featherweight.data import Batch, cut, split
 from featherweight.database import Database, fingerprint
-from featherweight.errors import UsageError
+from featherweight.errors import InfeasibleError, UsageError
 from featherweight.export.clock import FastClock
 from featherweight.joint import joined
 from featherweight.latency import Clock, Timer
