@@ -607,6 +607,11 @@ def test_channels_go_or_layers_become_factors_whichever_is_closer(lowrank):
     assert torch.allclose(fill(chain(), small.artifact)(x), model(x), atol=0.02)
 
 
+def test_where_neither_is_small_enough_the_floor_is_named():
+    with pytest.raises(InfeasibleError, match="smallest reachable number of MACs"):
+        fw.plan(chain(), images(64), target=goal(None, macs="10"))
+
+
 def test_what_a_call_is_must_make_sense():
     with pytest.raises(UsageError, match="runtime must be"):
         goal(None, latency="1ms", runtime="tpu")
