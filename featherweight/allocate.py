@@ -33,9 +33,8 @@ from featherweight.coupling import couplings
 from featherweight.data import Batch, cut, split
 from featherweight.database import Database, fingerprint
 from featherweight.errors import InfeasibleError, UsageError
-from featherweight.export.clock import FastClock
 from featherweight.joint import joined
-from featherweight.latency import Clock, Timer
+from featherweight.latency import Timer
 from featherweight.layers import Scan, Unit
 from featherweight.methods import Method, Solution
 from featherweight.packing import DIGITS, FULL
@@ -60,13 +59,17 @@ def effort(macs: int, samples: int) -> int:
     return int(min(max(EFFORT / max(3 * macs * samples, 1), LEAST), MOST))
 
 
+Clocks: TypeAlias = Callable[[Goal, nn.Module, Batch, Sequence[Unit], Mapping[str, tuple[str, ...]]], Timer]
+
+
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Setting:
     """What the stage works with. samples: none means without data. stats: of the samples that may be solved on. fixed:
     methods that are not for choice, by unit name. grids, input_bits: of the units' inputs. base: bytes of the dense
     network. folder: empty, for gradients that are large. correcting: whether statistics will be. basis: a fingerprint
-    of network and samples, None where nothing is kept. evaluate: for the points of a front."""
+    of network and samples, None where nothing is kept. evaluate: for the points of a front. clock: makes the one that a
+    limit of latency is about."""
 
     net: nn.Module
     found: Scan
@@ -79,6 +82,7 @@ class Setting:
     about: dict[str, Any]
     store: Database
     folder: Path
+    clock: Clocks
     correcting: bool = True
     basis: str | None = None
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
@@ -185,7 +189,7 @@ def _allocated(setting: Setting, goal: Goal, progress: Progress, measuring: bool
     setting = replace(setting, fixed={name: tries[name][0] for name in fixed})
     positions = {u.name: uses(setting.stats[u.name], count) for u in units}
     macs = sum(round(positions[u.name] * u.params) for u in units if u.kind != "embedding")
-    clock = _clock(goal, net, solving[0], units, coupled) if goal.latency is not None else None
+    clock = None if goal.latency is None else setting.clock(goal, net, solving[0], units, coupled)
     params = sum(p.numel() for p in net.parameters())
     limits = goal.limits(setting.base.fp32, macs, macs * FLOAT**2, 0 if clock is None else clock.dense, params)
     calls = _calls(net, units, samples)
@@ -240,15 +244,6 @@ def _allocated(setting: Setting, goal: Goal, progress: Progress, measuring: bool
         dense_params=params,
     )
     return Stage(allocator, limits, task, choices, pruned, trust, outcome)
-
-
-def _clock(
-    goal: Goal, net: nn.Module, batch: Batch, units: Sequence[Unit], coupled: Mapping[str, tuple[str, ...]]
-) -> Timer:
-    """Of the runtime that the limit of latency is about."""
-    if goal.runtime == "int8":
-        return FastClock(net, batch, units, samples=goal.samples, together=frozenset(coupled.values()))
-    return Clock(net, batch, units, samples=goal.samples)
 
 
 def _candidates(

@@ -1,6 +1,6 @@
 """What a run begins with: its goal, what is compressed and how, what the file will say of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from featherweight.candidates import tried
 from featherweight.data import Batch
 from featherweight.database import Database
 from featherweight.errors import InfeasibleError, UsageError
-from featherweight.layers import VECTOR, Scan, scan
+from featherweight.export.clock import FastClock
+from featherweight.latency import Clock, Timer
+from featherweight.layers import VECTOR, Scan, Unit, scan
 from featherweight.methods import Method
 from featherweight.packing import predicted_bytes
 from featherweight.recipe import Recipe, assign, input_bits, overridden, without_data
@@ -92,5 +94,14 @@ def setting_of(
     space.mkdir()
     bits = {name: grid.bits for name, grid in grids.items()}
     kept, fixed = store or Database.at(folder / "solved"), overridden(recipe, found)
-    own = stats, fixed, grids, bits, base, about, kept, space, recipe.repair, basis, meter
+    own = stats, fixed, grids, bits, base, about, kept, space, _clock, recipe.repair, basis, meter
     return Setting(net, found, samples, *own)
+
+
+def _clock(
+    goal: Goal, net: nn.Module, batch: Batch, units: Sequence[Unit], coupled: Mapping[str, tuple[str, ...]]
+) -> Timer:
+    """Of the runtime that a limit of latency is about."""
+    if goal.runtime == "int8":
+        return FastClock(net, batch, units, samples=goal.samples, together=frozenset(coupled.values()))
+    return Clock(net, batch, units, samples=goal.samples)

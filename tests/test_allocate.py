@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import featherweight as fw
-from featherweight import allocate
+from featherweight import settle
 from featherweight.artifact import fill
 from featherweight.artifact.read import from_bytes
 from featherweight.candidates import forms, live, numbers, weight_bits
@@ -540,7 +540,7 @@ def test_a_network_that_is_too_slow_is_made_smaller_again_or_given_up(monkeypatc
 
         batch = batches(images(1))[0]
 
-    monkeypatch.setattr(allocate, "Clock", Scripted)
+    monkeypatch.setattr(settle, "Clock", Scripted)
     target = goal(None, latency="800us", among="both")
     if len(times) == 2:
         found = fw.compress(chain(), images(64), target=target).report.allocation
@@ -564,7 +564,7 @@ def test_a_floor_knows_that_fewer_rows_may_take_longer(monkeypatch):
         def layer(self, unit, rows, channels):
             return channels + (0 if rows == unit.view.matrix_shape[0] else 100)
 
-    monkeypatch.setattr(allocate, "Clock", Uneven)
+    monkeypatch.setattr(settle, "Clock", Uneven)
     found = fw.plan(chain(), images(64), target=goal(None, latency="100us", among="both")).allocation
     assert found.floor["latency"] <= found.latency <= 100
 

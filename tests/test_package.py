@@ -25,7 +25,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"packing", "finetune"},
     {"pull"},
     {"candidates", "coupling", "moments", "synthesis"},
-    {"search"},
+    {"search", "joint"},
     {"scores"},
     {"allocator"},
     {"allocate"},
