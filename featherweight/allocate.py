@@ -151,14 +151,14 @@ class Stage:
 def allocate(setting: Setting, goal: Goal, progress: Progress, measuring: bool = True) -> Stage:
     """Score, choose, and with `measuring` measure and improve. Where MACs or latency are limited and everything may be
     chosen, channels are removed or layers become factors, whichever comes closer to the dense network: the two are not
-    mixed, as a layer of factors reads every channel.
+    mixed, as a layer of factors reads every channel. In int8 channels are, as factors on grids take minutes to find.
 
     Raises:
         InfeasibleError: a limit is below its floor.
         UsageError: MACs, BOPs or latency are limited and there are no data to count them on; weights are tied that
             cannot be; the score cannot be had from these data.
     """
-    if goal.among != "all" or not goal.structured:
+    if goal.among != "all" or not goal.structured or goal.runtime == "int8":
         return _allocated(setting, goal, progress, measuring)
     found: list[Stage] = []
     refused: list[InfeasibleError] = []

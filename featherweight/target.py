@@ -12,7 +12,7 @@ from featherweight.layers import Unit
 Among: TypeAlias = Literal["quantize", "prune", "both", "additive", "factors", "all"]
 """What a goal may choose from: grids alone; sparse fp16 alone; these and sparse grids; grids and vectors from shared
 books; products of factors, on grids where bytes are limited; or everything, of which factors where parameters, MACs or
-latency are limited. Factors and removed channels are not mixed: one of them is taken."""
+latency are limited. Factors and removed channels are not mixed: one of them is taken; in int8, channels."""
 
 Score: TypeAlias = Literal["outputs", "labels", "measured"]
 """How a candidate is scored: by second order towards the network's own outputs, or the labels' cross-entropy; or by the
