@@ -83,15 +83,20 @@ TARGETS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
 AMONG = ("both", "quantize", "prune")
 TUNED = "--finetune 5 --train {zoo}:cifar10_train10k --precision bf16"
 OPERATIONS = {
-    "resnet20_cifar10": ("--target-macs 0.5x", f"--target-macs 0.5x {TUNED}", "--target 12x", f"--target 12x {TUNED}"),
+    "resnet20_cifar10": (
+        "--target-macs 0.5x --among both",
+        f"--target-macs 0.5x --among both {TUNED}",
+        "--target 12x",
+        f"--target 12x {TUNED}",
+    ),
     "resnet20_cifar100": (
-        "--target-macs 0.8x",
-        "--target-macs 0.7x",
-        "--target-macs 0.6x",
-        "--target-macs 0.5x",
-        "--target-macs 0.435x",
+        "--target-macs 0.8x --among both",
+        "--target-macs 0.7x --among both",
+        "--target-macs 0.6x --among both",
+        "--target-macs 0.5x --among both",
+        "--target-macs 0.435x --among both",
         "--target-macs 0.435x --among factors",
-        "--target-macs 0.435x --finetune 10 --train bench/augmented.py:cifar100 --precision bf16",
+        "--target-macs 0.435x --among both --finetune 10 --train bench/augmented.py:cifar100 --precision bf16",
     ),
 }
 

@@ -6,16 +6,15 @@
 
 `files` makes everything and then, as `scores` does alone, measures accuracy, the share of images that get the class
 that float32 gives, and the mean divergence from float32's distribution over classes, which tells more than accuracy
-does where there are few images (where a network has a target for latency, nothing else should run during `files`): a
-.fw file by `featherweight compress --for speed`, its int8 graph by
-`featherweight export`, the dense network as ONNX, what quantize_static makes of that after its pre-processing with each
-of its three ways to set ranges (QDQ, a scale for every channel, uint8 and int8), and what nncf.quantize makes of it.
-NNCF runs in an interpreter of its own that has nncf, onnx and onnxruntime. `times` runs them in turns on two threads,
-for one image and for 32, and writes bench/results/speed.json and speed.md; nothing else should run meanwhile.
+does where there are few images. Where a network has a target for latency, run `files` with OMP_NUM_THREADS=2 and
+nothing else beside it. The files: a .fw by `featherweight compress --for speed`, its int8 graph by `featherweight
+export`, the dense network as ONNX, what quantize_static makes of that after its pre-processing with each of its three
+ways to set ranges (QDQ, a scale for every channel, uint8 and int8), and what nncf.quantize makes of it. NNCF runs in an
+interpreter of its own that has nncf, onnx and onnxruntime. `times` runs them in turns on two threads, for one image and
+for 32, and writes bench/results/speed.json and speed.md; nothing else should run meanwhile.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -30,6 +29,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+from bench.allocate import zoo as networks_and_data
 from featherweight.data import Batch
 from featherweight.export.graph import doubled, graph_of, quiet
 from featherweight.export.parity import in_onnxruntime
@@ -91,7 +91,7 @@ def files(name: str, folder: Path, zoo: Path, nncf: str | None) -> None:
     """Make all files of a network, and keep what is measured of them in FOLDER/NETWORK.json."""
     network, place = NETWORKS[name], folder / name
     place.mkdir(parents=True, exist_ok=True)
-    shared = loaded(zoo)
+    shared = networks_and_data(zoo)
     images = getattr(shared, network["data"])().tensors[0][:CALIBRATION]
     inputs = getattr(shared, network["test"])().tensors[0]
     spec, data, test = (f"{zoo}:{n}" for n in (name, network["data"], network["test"]))
@@ -127,7 +127,7 @@ def files(name: str, folder: Path, zoo: Path, nncf: str | None) -> None:
 
 def scores(name: str, folder: Path, zoo: Path) -> None:
     """What every file's outputs are worth, added to FOLDER/NETWORK.json."""
-    inputs, labels = getattr(loaded(zoo), NETWORKS[name]["test"])().tensors
+    inputs, labels = getattr(networks_and_data(zoo), NETWORKS[name]["test"])().tensors
     found: dict[str, Any] = {"top1": {}, "same": {}, "divergence": {}}
     paths = sorted((folder / name).glob("*.onnx"))
     dense = outputs(folder / name / f"{DENSE}.onnx", inputs)
@@ -145,16 +145,6 @@ def outputs(file: Path, inputs: torch.Tensor) -> torch.Tensor:
     """Logarithms of the probabilities of the classes, float64 (samples, classes)."""
     run = in_onnxruntime(file)
     return torch.from_numpy(np.concatenate([run([x.numpy()])[0] for x in inputs.split(50)])).double().log_softmax(1)
-
-
-def loaded(zoo: Path) -> Any:
-    """The module of networks and data."""
-    known = importlib.util.spec_from_file_location("zoo", zoo)
-    assert known is not None
-    assert known.loader is not None
-    shared = importlib.util.module_from_spec(known)
-    known.loader.exec_module(shared)
-    return shared
 
 
 def operators(path: Path, shape: list[int], folder: Path) -> dict[str, int]:

@@ -147,8 +147,8 @@ class Goal:
             raise UsageError(f"runtime must be one of {', '.join(get_args(Runtime))}, got {self.runtime!r}")
         if not (type(self.samples) is int and self.samples > 0):
             raise UsageError(f"samples must be a whole number above 0, got {self.samples!r}")
-        if self.latency is None and self.samples != 1:
-            raise UsageError("samples are those of a call whose latency has a limit; give latency as well")
+        if self.latency is None and (self.samples, self.runtime) != (1, "torch"):
+            raise UsageError("samples and runtime are those of a call whose latency has a limit; give latency as well")
         if self.measurements is not None and not (type(self.measurements) is int and self.measurements > 0):
             raise UsageError(f"measurements must be a whole number above 0, got {self.measurements!r}")
         if not (isinstance(self.tied, tuple) and all(isinstance(p, str) for p in self.tied)):

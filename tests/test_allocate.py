@@ -577,7 +577,12 @@ def test_a_target_in_int8_removes_channels_and_gives_a_narrower_graph(tmp_path):
     wide, data = chain(), batches(images(64))
     with torch.no_grad():
         wide[4].weight[:, 8:] *= 1e-3  # most of what the second convolution makes is hardly read
-    small = fw.compress(wide, images(64), target=goal(None, latency="10s", runtime="int8", samples=8, among="both"))
+    small = fw.compress(
+        wide,
+        images(64),
+        target=goal(None, latency="10s", runtime="int8", samples=8),
+        finetune=fw.Finetune(images(64), 1),
+    )
     stored = {u.names[0]: u.weight for u in small.artifact.units}
     assert all(isinstance(w, Sparse) and w.values.nbits == 8 for w in stored.values())
     assert small.report.allocation.latency > 0
@@ -619,6 +624,8 @@ def test_what_a_call_is_must_make_sense():
         goal(None, latency="1ms", samples=0)
     with pytest.raises(UsageError, match="give latency as well"):
         goal("6x", samples=8)
+    with pytest.raises(UsageError, match="give latency as well"):
+        goal(None, macs="0.5x", runtime="int8")
 
 
 # ---------------------------------------------------------------- parameters
