@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS))
     parser.add_argument("--zoo", type=Path, default=Path("../shared/zoo.py"))
     parser.add_argument("--nncf", help="an interpreter with nncf, onnx and onnxruntime")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=75)
     parser.add_argument("--seconds", type=float, default=0.15, help="of each file and round, about")
     given = parser.parse_args()
     if given.what == "files":
