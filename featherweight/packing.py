@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact, FoldedNorm, StoredUnit, fill
-from featherweight.artifact.schema import is_foldable
 from featherweight.artifact.structure import FIELD as STRUCTURE
 from featherweight.artifact.structure import structure_of
 from featherweight.artifact.write import to_bytes
 from featherweight.errors import UsageError
 from featherweight.layers import Scan
 from featherweight.methods import Method, Solution
+from featherweight.norms import foldable, folded
 from featherweight.sharing import book_bytes, dictionary_bytes
 from featherweight.weights.base import float_type
 
@@ -66,8 +66,8 @@ def packed(
                 )
         return [t.detach().cpu().to(dtype) for t in tensors]
 
-    for name, module in _foldable(small):
-        scale, shift = stored(*_folded(module))
+    for name, module in foldable(small):
+        scale, shift = stored(*folded(module))
         norms.append(FoldedNorm(name, scale, shift, float(module.eps)))
         taken |= {f"{name}.{t}" for t in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
     seen: set[int] = set()
@@ -115,29 +115,6 @@ def shortest(
         if distance(fill(own, tried)) <= most:  # false for NaN
             return tried, digits
     return artifact, FULL
-
-
-def _foldable(small: nn.Module) -> list[tuple[str, Any]]:
-    """BatchNorms whose tensors belong to nobody else, by their only name."""
-    names: dict[int, list[str]] = {}
-    uses: dict[int, int] = {}
-    for name, module in small.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    for tensor in small.state_dict(keep_vars=True).values():
-        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
-    return [
-        (name, module)
-        for name, module in small.named_modules()
-        if is_foldable(module)
-        and len(names[id(module)]) == 1
-        and all(uses.get(id(t)) == 1 for t in (module.weight, module.bias, module.running_mean, module.running_var))
-    ]
-
-
-def _folded(module: Any) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a BatchNorm in eval mode, float64."""
-    scale = module.weight.double() / torch.sqrt(module.running_var.double() + module.eps)
-    return scale, module.bias.double() - module.running_mean.double() * scale
 
 
 def predicted_bytes(net: nn.Module, found: Scan, methods: dict[str, Method], wanted: dict[str, int]) -> int:

@@ -41,6 +41,10 @@ def finetune_command(
     mix: Annotated[
         float, typer.Option(help="share of the samples that are mixed with another one (few training data), 0 to 1")
     ] = TUNING.mix,
+    norms: Annotated[
+        str,
+        typer.Option(help="BatchNorms: kept as they are, or batch: with the statistics of every batch of many data"),
+    ] = TUNING.norms,
     precision: opt.PrecisionKind = None,
     move_codes: Annotated[
         bool, typer.Option("--move-codes", help="codes of vectors and grids may change, too")
@@ -66,8 +70,8 @@ def finetune_command(
     with plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)
         with joined(network) as ranks, bars(ranks.first) as progress:
-            known = epochs, learning_rate, batch_size, labels, seed, precision or "fp32", checkpoint, move_codes, mix
-            how = Finetune(call(train), *known)  # pyright: ignore - it checks
+            asked = epochs, learning_rate, batch_size, labels, seed, precision or "fp32", checkpoint, move_codes, mix
+            how = Finetune(call(train), *asked, norms)  # pyright: ignore - it checks
             before = meter(test if ranks.first else None, metric, batch_size)(fill(copy.deepcopy(network), artifact))
             tuned = finetune(artifact, network, how, progress)
             if not ranks.first:

@@ -5,13 +5,12 @@ Codes, masks and indices stay as they are, unless codes are asked to move; the s
 trained through the weights' own decoding. The loss is
 the distance to the dense network's outputs (distillation: Hinton et al., 1503.02531, at temperature 1), with labels the
 cross-entropy beside it. The network stays in eval mode: BatchNorm keeps its corrected statistics, so a few epochs on a
-little data cannot spoil them.
+little data cannot spoil them, unless it is asked to take those of every batch.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -30,6 +29,7 @@ from featherweight.finetune.checkpoint import Place
 from featherweight.finetune.order import S, epoch_of, kept
 from featherweight.finetune.ranks import Ranks
 from featherweight.finetune.settings import Finetune, Settings, Trained
+from featherweight.finetune.statistics import running, statistics
 from featherweight.finetune.variables import Variable, Variables
 from featherweight.layers import Unit
 from featherweight.repair.distance import energy, is_classification, outputs
@@ -86,15 +86,17 @@ def train(
         UsageError: the data have no sample or no labels that are asked for, the loss is no number, or the checkpoint is
             of something else.
     """
-    variables = Variables.of(small, units, weights, how.moves)
+    with statistics(small, how):
+        variables = Variables.of(small, units, weights, how.moves)
 
-    def start() -> dict[str, Tensor]:
-        fields = {f"weight.{n}.{field}": t for n, w in weights.items() for field, t in w.tensors().items()}
-        return started(dense, variables.all()) | fields
+        def start() -> dict[str, Tensor]:
+            fields = {f"weight.{n}.{field}": t for n, w in weights.items() for field, t in w.tensors().items()}
+            return started(dense, variables.all()) | fields
 
-    task = Task(dense, small, variables.all(), lambda: variables.state(small), start, {})
-    losses = descend(task, how, progress)
-    return variables.finish(small), Trained(losses)
+        task = Task(dense, small, variables.all(), lambda: variables.state(small), start, {})
+        losses = descend(task, how, progress)
+        found = variables.finish(small)
+    return found, Trained(losses)
 
 
 def descend(task: Task, how: Settings, progress: Progress = quiet) -> tuple[float, ...]:
@@ -167,7 +169,7 @@ def rehearse(net: nn.Module, how: S) -> S:
     if how.checkpoint is not None:
         checkpoint.content(Path(how.checkpoint), how.word)
     batch = next(epoch_of(how, 0, Ranks.now()).batches).to(device_of(net))
-    with _precision(net, how):
+    with running(net, how):
         want = _floats(batch.run(net))
     if not want:
         raise UsageError("the network's output holds no tensor of real numbers: nothing to train towards")
@@ -178,17 +180,13 @@ def rehearse(net: nn.Module, how: S) -> S:
 def _lost(task: Task, state: dict[str, Tensor], batch: Batch, how: Settings) -> Tensor:
     """The loss of the small network as it is now."""
     if task.loss is not None:
-        with _precision(task.small, how):
+        with running(task.small, how):
             return task.loss(functional_call(task.small, state, batch.args, batch.kwargs), batch.target)
-    with torch.no_grad(), _precision(task.dense, how):
+    with torch.no_grad(), running(task.dense, how):
         want = _floats(batch.run(task.dense))
-    with _precision(task.small, how):
+    with running(task.small, how):
         got = _floats(functional_call(task.small, state, batch.args, batch.kwargs))
     return _loss(want, got, batch.target, how)
-
-
-def _precision(net: nn.Module, how: Settings) -> AbstractContextManager[Any]:
-    return torch.autocast(device_of(net).type, torch.bfloat16, enabled=how.precision == "bf16")
 
 
 def _floats(value: Any) -> list[Tensor]:
@@ -200,7 +198,7 @@ def _floats(value: Any) -> list[Tensor]:
 def _takes_channels_last(net: nn.Module, batch: Batch, how: Settings) -> bool:
     """Whether the network runs on images in that memory order; a `view` in it may refuse."""
     try:
-        with _precision(net, how):
+        with running(net, how):
             _channels_last(batch).run(net)
     except UsageError:
         return False

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, final, get_args
 from featherweight.errors import require
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
+Norms: TypeAlias = Literal["kept", "batch"]
 
 
 class Settings(Protocol):
@@ -31,6 +32,8 @@ class Settings(Protocol):
     @property
     def seed(self) -> int: ...
     @property
+    def norms(self) -> Norms: ...
+    @property
     def precision(self) -> Precision: ...
     @property
     def checkpoint(self) -> str | Path | None: ...
@@ -47,6 +50,7 @@ def check(how: Settings) -> None:
     require(0 <= how.labels <= 1, "labels must be a share, 0 to 1", how.labels)
     require(0 <= how.mix <= 1, "mix must be a share of the samples, 0 to 1", how.mix)
     require(not (how.mix and how.labels), "mixed samples have no label; leave out mix or labels", (how.mix, how.labels))
+    require(how.norms in get_args(Norms), "norms must be kept or batch", how.norms)
     require(how.precision in get_args(Precision), "the precision must be fp32 or bf16", how.precision)
 
 
@@ -57,8 +61,9 @@ class Finetune:
     learning_rate: of Adam, relative to the root mean square of every tensor, falling to zero as a cosine. labels: share
     of the loss that is cross-entropy with the data's labels. mix: share of the samples that are mixed with another one,
     so that few data tell more of the dense network. precision: what both networks run in; the loss and what is
-    trained are at least float32. moves: whether codes of vectors and grids may change, too. checkpoint: a file that
-    keeps the state, so that a killed run goes on."""
+    trained are at least float32. norms: whether BatchNorms keep their statistics or take those of every batch, see
+    `statistics`. moves: whether codes of vectors and grids may change, too. checkpoint: a file that keeps the state,
+    so that a killed run goes on."""
 
     word: ClassVar[str] = "finetuning"
     stage: ClassVar[str] = "finetune"
@@ -72,6 +77,7 @@ class Finetune:
     checkpoint: str | Path | None = None
     moves: bool = False
     mix: float = 0.0
+    norms: Norms = "kept"
 
     def __post_init__(self) -> None:
         check(self)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 from torch import Tensor
 
 from featherweight.errors import UsageError, require
-from featherweight.finetune.settings import Precision, check
+from featherweight.finetune.settings import Norms, Precision, check
 
 RHO = 10.0  # see docs/admm.md for what it was chosen by
 GROWTH = 1.0
@@ -22,8 +22,8 @@ class AdmmTraining:
     """data, batch_size, seed, precision, checkpoint: as in `Finetune`. rho, growth, step: see `Pull`. learning_rate: of
     Adam, relative to the root mean square of every tensor, falling to zero as a cosine; matrices and kernels move ten
     times as fast as vectors. labels: share of the loss that is cross-entropy with the data's labels, the rest is the
-    distance to the network as it was. mix: as in `Finetune`. loss: of the network's output and the batch's target, in
-    place of both."""
+    distance to the network as it was. mix, norms: as in `Finetune`. loss: of the network's output and the batch's
+    target, in place of both."""
 
     word: ClassVar[str] = "training by ADMM"
     stage: ClassVar[str] = "admm"
@@ -36,6 +36,7 @@ class AdmmTraining:
     batch_size: int = 128
     labels: float = 0.0
     mix: float = 0.0
+    norms: Norms = "kept"
     seed: int = 0
     precision: Precision = "fp32"
     checkpoint: str | Path | None = None
