@@ -1,7 +1,7 @@
 """What training by ADMM gains over decomposing at once, at the same number of epochs.
 
     python -m bench.admm [--form tt] [--keep 0.4] [--epochs 15] [--tune 15] [--zoo ../shared/zoo.py] [--state folder]
-                         [--way admm|direct]
+                         [--way admm|direct] [--norms kept|batch]
 
 resnet20_cifar100: (a) trained by ADMM for --epochs, given its form, finetuned for --tune; (b) given the form at once,
 finetuned for the sum of both. Both with the same forms and ranks, the same teacher (the network as it was), share of
@@ -106,10 +106,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = Augmented(train) if options.augment else train
     test = batches(getattr(module, TEST)(), 500)[: 1 if options.smoke else None]
     common = {"precision": options.precision, "labels": options.labels, "batch_size": 128}
-    common |= {"learning_rate": options.learning_rate, "mix": options.mix}
+    common |= {"learning_rate": options.learning_rate, "mix": options.mix, "norms": options.norms}
     pulling = common | {"learning_rate": options.admm_rate}
     known = {"network": NETWORK, "form": options.form, "keep": options.keep, "labels": options.labels}
     known |= {"learning_rate": options.learning_rate, "admm_rate": options.admm_rate, "mix": options.mix}
+    known |= {"norms": options.norms}
     known |= {"before": top1(dense, test)}
     start = time.perf_counter()
     recipe = recipe_of(settings(options))
@@ -144,16 +145,16 @@ def direct(
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
-    rows = [
-        "| form | way | epochs | numbers | multiplications | file bytes | dense, trained | decomposed | finetuned |"
-    ]
-    rows.append("|---|---|---|--:|--:|--:|--:|--:|--:|")
+    head = "| form | way | norms | epochs | numbers | multiplications | file bytes "
+    rows = [head + "| dense, trained | decomposed | finetuned |"]
+    rows.append("|---|---|---|---|--:|--:|--:|--:|--:|--:|")
     for x in lines:
         epochs = " + ".join(str(n) for n in x["epochs"] if n)
         trained = f"{x['trained']:.2f}" if "trained" in x else f"({x['before']:.2f})"
         cells = [
             f"{x['form']} {x['keep']:g}",
             x["way"],
+            x["norms"],
             epochs,
             f"{x['numbers']:.2f}x fewer",
             f"{x['macs']:.2f}x fewer",
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--admm-rate", type=float, default=rate, help="learning rate of the epochs of ADMM")
     parser.add_argument("--labels", type=float, default=0.3)
     parser.add_argument("--mix", type=float, default=0.0, help="share of the samples that are mixed; without labels")
+    parser.add_argument("--norms", default="kept", choices=("kept", "batch"))
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--plain", dest="augment", action="store_false", help="images as they are")
     parser.add_argument("--state", type=Path, help="folder for checkpoints")
@@ -198,9 +200,9 @@ def main() -> None:
     (RESULTS / "admm.md").write_text(table(kept))
 
 
-def line_of(line: dict[str, Any]) -> tuple[str, float, int, str]:
+def line_of(line: dict[str, Any]) -> tuple[str, float, int, str, str]:
     """What a line is about."""
-    return line["form"], line["keep"], sum(line["epochs"]), line["way"]
+    return line["form"], line["keep"], sum(line["epochs"]), line["way"], line["norms"]
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ FILES = {  # network: (calibration, test, training data, (settings, of finetunin
             ("--method rtn --bits 4", ""),
             (FEWER, "--epochs 30 --learning-rate 1e-3 --labels 0.3 --precision bf16"),
             (FEWER, "--epochs 13 --learning-rate 3e-4 --precision bf16"),
+            (FEWER, "--epochs 30 --learning-rate 1e-3 --labels 0.3 --norms batch --precision bf16"),
         ),
     ),
 }
