@@ -1,11 +1,14 @@
-"""BatchNorms in eval mode as what they are, a scale and a shift of every channel."""
+"""BatchNorms in eval mode as what they are, a scale and a shift of every channel, and what they read."""
 
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.artifact.schema import is_foldable
+from featherweight.data import hooked
 
 
 def foldable(net: nn.Module) -> list[tuple[str, Any]]:
@@ -39,3 +42,27 @@ def restate(module: Any, mean: Tensor, variance: Tensor) -> None:
     module.running_var.copy_(variance)
     module.weight.copy_(scale * torch.sqrt(module.running_var.double() + module.eps))
     module.bias.copy_(shift + scale * module.running_mean.double())
+
+
+def watched(norms: Iterable[Any], see: Callable[[Any, Tensor], None]) -> ExitStack:
+    """Calls `see` with a norm and its input, just before it runs; until the end of the context."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(module, args[0] if args else kwargs["input"])
+
+    return hooked([m.register_forward_pre_hook(hook, with_kwargs=True) for m in norms])
+
+
+@torch.no_grad()
+def moments(norms: Iterable[Any], run: Callable[[], None]) -> dict[Any, tuple[Tensor, Tensor]]:
+    """Mean and variance of every channel that norms read in `run`, float64; by norm, of those that ran."""
+    sums: dict[Any, tuple[Tensor, Tensor, int]] = {}
+
+    def add(module: Any, x: Tensor) -> None:
+        flat = x.transpose(0, 1).flatten(1).double()
+        first, second, n = sums.get(module, (0, 0, 0))
+        sums[module] = first + flat.sum(1), second + flat.square().sum(1), n + flat.shape[1]
+
+    with watched(norms, add):
+        run()
+    return {m: (a / n, (b / n - (a / n).square()).clamp(min=0)) for m, (a, b, n) in sums.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featherweight.activations import simulated
 from featherweight.errors import UsageError
+from featherweight.standin import known_as, settings_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,6 +30,7 @@ class Slim(nn.Module):
 
     def __init__(self, layer: nn.Module, rows: Tensor, channels: Tensor) -> None:
         super().__init__()
+        settings = settings_of(layer)
         weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
         outputs, inputs = weight.shape[:2]
         self.rank = weight.ndim - 2  # dimensions of a sample beyond its channels
@@ -48,6 +50,7 @@ class Slim(nn.Module):
         self.register_buffer("rows", None if len(rows) == outputs else rows.to(device), persistent=False)
         self.register_buffer("channels", None if len(channels) == inputs else channels.to(device), persistent=False)
         self.register_buffer("constant", others.reshape(-1, *[1] * self.rank), persistent=False)
+        known_as(self, settings)
 
     @property
     def weight(self) -> Tensor:

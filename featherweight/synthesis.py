@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from featherweight.activations import plain_copy
 from featherweight.data import Batch, batches, check, device_of, hooked
 from featherweight.errors import UsageError
+from featherweight.norms import moments, watched
 from featherweight.recipe import Recipe
 from featherweight.solve import Progress, needs_inputs
 
@@ -209,21 +210,16 @@ def noise(count: int, shape: Sequence[int], random: torch.Generator) -> Tensor:
 def mismatch(net: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
     """By BatchNorm that runs, see `Synthetic`; of the inputs of all batches together."""
     norms = tracked(net)
-    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
 
-    def add(name: str, x: Tensor) -> None:
-        flat = x.transpose(0, 1).flatten(1).double()
-        first, second, n = sums.get(name, (0, 0, 0))
-        sums[name] = first + flat.sum(1), second + flat.square().sum(1), n + flat.shape[1]
-
-    with _watched(norms, add):
+    def run() -> None:
         for x in batches:
             net(x.to(device_of(net), _dtype(net)))
-    found = {}
-    for name, (first, second, n) in sums.items():
-        mean, variance = first / n, (second / n - (first / n).square()).clamp(min=0)
-        shift, scale = _differences(norms[name], mean, variance)
-        found[name] = float((shift.abs().mean() + scale.abs().mean()) / 2)
+
+    seen, found = moments(norms.values(), run), {}
+    for name, norm in norms.items():
+        if norm in seen:
+            shift, scale = _differences(norm, *seen[norm])
+            found[name] = float((shift.abs().mean() + scale.abs().mean()) / 2)
     return found
 
 
@@ -240,28 +236,21 @@ def _differences(norm: Any, mean: Tensor, variance: Tensor) -> tuple[Tensor, Ten
     return shift, ((variance + norm.eps) / whole).sqrt() - 1
 
 
-def _watched(norms: dict[str, Any], see: Callable[[str, Tensor], None]) -> Any:
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _module, args, kwargs: see(name, args[0] if args else kwargs["input"])
-
-    return hooked([m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in norms.items()])
-
-
 def _matched(net: nn.Module, start: Tensor, steps: int, on_step: Callable[[int], None]) -> Tensor:
     """`start`, moved so that the statistics over the batch match."""
-    norms, dtype = tracked(net), _dtype(net)
+    norms, dtype = tracked(net).values(), _dtype(net)
     lost: list[Tensor] = []
 
-    def see(name: str, x: Tensor) -> None:
+    def see(norm: Any, x: Tensor) -> None:
         dims = tuple(d for d in range(x.ndim) if d != 1)
         mean = x.float().mean(dim=dims)
         variance = (x.float() - mean.view(-1, *[1] * (x.ndim - 2))).square().mean(dim=dims)
-        shift, scale = _differences(norms[name], mean, variance)
+        shift, scale = _differences(norm, mean, variance)
         lost.append(shift.square().mean() + scale.square().mean())
 
     x = start.clone().to(device_of(net)).requires_grad_(True)
     adam = torch.optim.Adam([x], lr=RATE)
-    with _watched(norms, see), torch.enable_grad():
+    with watched(norms, see), torch.enable_grad():
         for step in range(steps):
             adam.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
             lost.clear()
@@ -348,7 +337,7 @@ def _positions(net: nn.Module, shape: tuple[int, ...]) -> list[int] | str:
     """How many positions of one input every BatchNorm sees, in order of their calls; or why the network fails."""
     seen: list[int] = []
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device_of(net), _dtype(net))
-    with _watched(tracked(net), lambda _name, x: seen.append(math.prod(x.shape[2:]) * len(x) // 2)):
+    with watched(tracked(net).values(), lambda _norm, x: seen.append(math.prod(x.shape[2:]) * len(x) // 2)):
         try:
             Batch((x,), {}).run(net)
         except UsageError as error:

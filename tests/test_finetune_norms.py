@@ -1,6 +1,5 @@
 """BatchNorms that are trained with the statistics of batches."""
 
-import copy
 import json
 
 import pytest
@@ -17,10 +16,11 @@ from featherweight.finetune.statistics import statistics
 from featherweight.methods import GridSpec, Rtn
 from featherweight.norms import foldable, restate
 from featherweight.repair.distance import output_distance
-from tests.nets import images, tiny
+from tests.nets import images, sentences, tiny, words
 
 DATA = images(48)
 IMAGES = DATA.tensors[0]
+TEXT = Finetune(sentences(), 1, norms="batch")
 ONE = Finetune(DATA, 1, batch_size=48, norms="batch")  # one batch has them all
 
 
@@ -107,15 +107,37 @@ def test_a_run_that_was_stopped_gives_the_same_bits(tmp_path):
 
 def test_training_by_admm_takes_them_too():
     net, data = tiny(), images(64)
-    how = fw.AdmmTraining(data, 2, batch_size=16, norms="batch")
-    found, pulled = fw.admm(net, Rtn(GridSpec(3)), how)
+    found, pulled = fw.admm(net, Rtn(GridSpec(3)), fw.AdmmTraining(data, 2, batch_size=16, norms="batch"))
     kept, _ = fw.admm(net, Rtn(GridSpec(3)), fw.AdmmTraining(data, 2, batch_size=16))
     assert pulled.losses[-1] < pulled.losses[0]
     assert not any(m.training for m in found.modules())
-    x = data.tensors[0]
-    torch.testing.assert_close(found(x), net(x), rtol=0.5, atol=1.0)
-    assert not torch.equal(found(x), kept(x))
-    assert copy.deepcopy(net.state_dict()).keys() == found.state_dict().keys()
+    samples = batches(data, 32)
+    away = output_distance(net, found, samples)
+    assert 0 < away < 2 * output_distance(net, kept, samples)
+
+
+def test_a_network_whose_norms_never_see_two_values_is_refused_and_stays_as_it_was():
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.norm(input=self.first(x)).relu())
+
+    torch.manual_seed(0)
+    net, data = Rows(), TensorDataset(torch.randn(40, 4))
+    for _ in range(30):
+        net(data.tensors[0] + 1)
+    small = fw.compress(net.eval(), data, method=Rtn(GridSpec(4))).artifact
+    with pytest.raises(UsageError, match="several values a channel"):
+        fw.finetune(small, net, Finetune(data, 1, 1e-6, 1, norms="batch"))
+    with pytest.raises(UsageError, match="there is none"):
+        fw.finetune(fw.compress(words(), sentences(), method=Rtn(GridSpec(4))).artifact, words(), TEXT)
+    tuned = fw.finetune(small, net, Finetune(data, 1, 1e-6, 39, norms="batch"))  # and one batch of a single sample
+    samples = batches(data, 40)
+    before, after = (output_distance(net, fill(Rows(), a), samples) for a in (small, tuned.artifact))
+    assert after < before + 1e-2
 
 
 def test_the_command_and_wrong_words(tmp_path, run):

@@ -17,6 +17,7 @@ from featherweight.errors import require
 from featherweight.latency import timed
 from featherweight.layers import Kind, Unit, scan
 from featherweight.stages import Chain, Link, chain_of, stored_as
+from featherweight.standin import known_as, settings_of
 from featherweight.weights import Factors
 
 OnlyIf: TypeAlias = Literal["faster", "fewer", "always"]
@@ -101,9 +102,9 @@ def replacement(model: nn.Module, place: str, units: Sequence[StoredUnit]) -> nn
     layer: Any = model.get_submodule(place)
     if isinstance(layer, _RECURRENT):
         chained: Chained = {u.names[0].rpartition(".")[2]: _chain(u, "recurrent") for u in units}
-        return recurrent(layer, chained)
+        return known_as(recurrent(layer, chained), settings_of(layer))
     ((weight, view, chain),) = (_chain(u, _kind(layer)) for u in units)
-    return sequence(layer, weight, view, chain)
+    return known_as(sequence(layer, weight, view, chain), settings_of(layer))
 
 
 def by_place(artifact: Artifact, rows: Sequence[ChainRow]) -> dict[str, list[StoredUnit]]:

@@ -49,6 +49,11 @@ class Projected(nn.Module):
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         return self.rnn(_rows_changed(input, self.reduce), hx)
 
+    def flatten_parameters(self) -> None:
+        """As torch's layers have it."""
+        if isinstance(self.rnn, nn.RNNBase):
+            self.rnn.flatten_parameters()
+
 
 def _plain(layer: Any, inputs: int) -> Any:
     """A layer of torch like this one, with so many inputs."""
@@ -152,6 +157,9 @@ class FactoredRecurrent(nn.Module):
         states = None if hx is None else tuple(hx) if self.lstm else (hx,)
         rows, last = self._packed(input, states) if isinstance(input, PackedSequence) else self._whole(input, states)
         return rows, last if self.lstm else last[0]
+
+    def flatten_parameters(self) -> None:
+        """As torch's layers have it; there is nothing to do."""
 
     def _packed(self, x: PackedSequence, states: State | None) -> tuple[PackedSequence, State]:
         if states is not None and x.sorted_indices is not None:

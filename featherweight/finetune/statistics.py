@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.data import Batch, device_of, hooked
+from featherweight.data import Batch, device_of
+from featherweight.errors import UsageError
 from featherweight.finetune.order import epoch_of
 from featherweight.finetune.ranks import Ranks
 from featherweight.finetune.settings import Settings
-from featherweight.norms import foldable, restate
+from featherweight.norms import foldable, moments, restate, watched
 
 SAMPLES = 8192  # that statistics are taken of, about: those before training, and those that stay
 
@@ -27,16 +28,32 @@ def statistics(net: nn.Module, how: Settings) -> Iterator[None]:
     `how.norms` is "batch". At first they are restated for statistics of the training data: what the network computes
     in eval mode stays the same, and with those of a batch nearly so. At last they get the mean of what batches have in
     the trained network, and are a scale and a shift in eval mode again. Every process finds the same. BatchNorms that
-    share tensors with other modules stay in eval mode, and where a channel has a single value, all do.
+    share tensors with other modules stay in eval mode, and so does one in a call that gives it a single value a
+    channel.
+
+    Raises:
+        UsageError: there is no BatchNorm for this.
     """
     if how.norms == "kept":
         yield
         return
-    found = _inputs(net, how)
-    norms = [module for _, module in foldable(net) if module in found]
+    own = [module for _, module in foldable(net)]
+    if device_of(net).type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in own):
+        raise UsageError(f"{how.word}: SyncBatchNorm normalises batches on GPUs alone; leave norms as they are kept")
+    most: dict[Any, int] = {}
+
+    def count(module: Any, x: Tensor) -> None:
+        most[module] = max(most.get(module, 0), x.numel() // module.num_features)
+
+    with watched(own, count):
+        found = moments(own, lambda: _run(net, how))
+    norms = [m for m in own if most.get(m, 0) > 1]
+    if not norms:
+        what = "a BatchNorm that runs, with several values a channel in a batch and tensors of its own"
+        raise UsageError(f"{how.word}: norms of every batch need {what}; there is none")
     for module in norms:
         restate(module, *found[module])
-    with hooked([m.register_forward_pre_hook(_by_batch) for m in norms]):
+    with watched(norms, _by_batch):
         yield
         _settle(net, norms, how)
     for module in norms:
@@ -45,35 +62,22 @@ def statistics(net: nn.Module, how: Settings) -> Iterator[None]:
         )
 
 
-def _by_batch(module: Any, args: tuple[Tensor, ...]) -> None:
-    module.training = args[0].numel() > module.num_features
-
-
-@torch.no_grad()
-def _inputs(net: nn.Module, how: Settings) -> dict[Any, tuple[Tensor, Tensor]]:
-    """Mean and variance of every channel that BatchNorms read in eval mode, float64."""
-    sums: dict[Any, Tensor] = {}
-
-    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].transpose(0, 1).flatten(1).double()
-        one = torch.stack([torch.ones_like(x[:, 0]) * x.shape[1], x.sum(1), x.square().sum(1)])
-        sums[module] = sums[module] + one if module in sums else one
-
-    with hooked([m.register_forward_pre_hook(see) for _, m in foldable(net)]):
-        _run(net, how)
-    means = {m: (s[1] / s[0], s[2] / s[0]) for m, s in sums.items()}
-    return {m: (mean, (square - mean.square()).clamp(min=0)) for m, (mean, square) in means.items()}
+def _by_batch(module: Any, x: Tensor) -> None:
+    module.training = x.numel() > module.num_features
 
 
 def _settle(net: nn.Module, norms: list[Any], how: Settings) -> None:
-    """Running statistics as the mean over batches."""
-    momenta = [m.momentum for m in norms]
+    """Running statistics as the mean over batches; where no batch has any, they stay."""
+    before = [(m.momentum, m.running_mean.clone(), m.running_var.clone()) for m in norms]
     for module in norms:
         module.reset_running_stats()
         module.momentum = None
     _run(net, how)
-    for module, momentum in zip(norms, momenta, strict=True):
+    for module, (momentum, mean, variance) in zip(norms, before, strict=True):
         module.momentum = momentum
+        if not module.num_batches_tracked:
+            module.running_mean.copy_(mean)
+            module.running_var.copy_(variance)
 
 
 @torch.no_grad()
