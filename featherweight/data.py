@@ -50,7 +50,7 @@ class Batch:
         except FeatherweightError:
             raise
         except Exception as error:  # the user's network may raise anything
-            shapes = ", ".join(_describe(v) for v in chain(self.args, self.kwargs.values()))
+            shapes = ", ".join(describe(v) for v in chain(self.args, self.kwargs.values()))
             what = f"{type(error).__name__}: {error}"
             raise UsageError(f"the network does not accept the data ({shapes}): {what}") from error
 
@@ -234,7 +234,7 @@ def check(model: nn.Module, batch: Batch) -> None:
     batch.to(device_of(model)).run(model)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 

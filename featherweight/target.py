@@ -1,5 +1,6 @@
 """What a size target means, and the sizes that a compressed file is compared with."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final, get_args
@@ -70,8 +71,9 @@ def target_bytes(target: str | int, fp32: int) -> int:
     return int(fp32 / value if unit == "x" else fp32 * value / 100 if unit == "%" else value * _UNITS[unit])
 
 
-def share_of(target: str | int, dense: int, what: str) -> int:
-    """What a target for MACs, BOPs or parameters allows: `0.5x` or `50%` of the dense network's, or `20M`.
+def share_of(target: str | int, dense: int | None, what: str) -> int:
+    """What a target for MACs, BOPs or parameters allows: `0.5x` or `50%` of the dense network's, or `20M`. dense: None
+    where it is not known yet; what is refused all the same is.
 
     >>> share_of("0.5x", 1000, "MACs"), share_of("12%", 1000, "MACs"), share_of("2k", 10_000, "MACs")
     (500, 120, 2000)
@@ -84,26 +86,36 @@ def share_of(target: str | int, dense: int, what: str) -> int:
         form = "a share such as 0.5x or 50%, or a number such as 20M"
         raise UsageError(f"a target for {what} is {form}, got {target!r}")
     value, unit = float(match[1]), match[2]
-    limit = value * dense if unit == "x" else value * dense / 100 if unit == "%" else value * _COUNTS[unit]
-    if not 0 < limit <= max(dense, 1):
-        raise UsageError(f"a target for {what} must be above zero and at most the dense {dense:,}, got {target!r}")
-    return int(limit)
+    whole = {"x": 1.0, "%": 100.0}.get(unit)
+    count = value * _COUNTS[unit] if whole is None else value / whole * (dense or 1)
+    if not 0 < count <= (max(dense, 1) if dense is not None else 1 if whole else math.inf):
+        most = "" if dense is None else f", {dense:,}"
+        raise UsageError(
+            f"a target for {what} must be above zero and at most the dense network's{most}, got {target!r}"
+        )
+    return int(count)
 
 
-def microseconds(target: str, dense: int) -> int:
-    """What a target for latency allows: `4ms`, `800us` or `0.5s`, or `0.7x` or `70%` of the dense network's.
+def microseconds(target: str, dense: int | None) -> int:
+    """What a target for latency allows: `4ms`, `800us` or `0.5s`, or `0.7x` or `70%` of the dense network's. dense: see
+    `share_of`.
 
     >>> microseconds("4ms", 9000), microseconds("0.5x", 9000)
     (4000, 4500)
 
     Raises:
-        UsageError: another form, or zero.
+        UsageError: another form, zero, or more than the dense network takes.
     """
     match = _TIME.fullmatch(str(target))
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"a target for latency is a time such as 4ms, or a share such as 0.7x or 70%, got {target!r}")
     value, unit = float(match[1]), match[2]
-    return int(value * dense if unit == "x" else value * dense / 100 if unit == "%" else value * _TIMES[unit])
+    whole = {"x": 1.0, "%": 100.0}.get(unit)
+    found = value * _TIMES[unit] if whole is None else value / whole * (dense or 1)
+    if found > (max(dense, 1) if dense is not None else 1 if whole else math.inf):
+        most = "" if dense is None else f", {dense:,} µs"
+        raise UsageError(f"a target for latency must be at most what the dense network takes{most}, got {target!r}")
+    return int(found)
 
 
 @final
@@ -163,9 +175,9 @@ class Goal:
             target_bytes(self.target, 1 << 40)
         for value, what in ((self.macs, "MACs"), (self.bops, "BOPs"), (self.params, "parameters")):
             if value is not None:
-                share_of(value, 1 << 60, what)
+                share_of(value, None, what)
         if self.latency is not None:
-            microseconds(self.latency, 1 << 40)
+            microseconds(self.latency, None)
 
     def words(self) -> dict[str, str | int]:
         """The limits as they were given, by the option of the command line that says the same."""

@@ -344,3 +344,39 @@ def test_exporters_see_plain_layers():
     assert (type(small[0]), type(small[2].rnn)) == (nn.Sequential, FactoredRecurrent)
     program, x = torch.export.export(small, (torch.randn(2, 6, 9),)), torch.randn(2, 6, 9)
     assert same(program.module()(x), small(x))
+
+
+class Curious(nn.Module):
+    """Reads what its layers say of themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.rnn = nn.Conv2d(3, 8, 3, padding=1), nn.GRU(8, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rnn.flatten_parameters()
+        assert (self.conv.out_channels, self.conv.kernel_size, self.rnn.num_layers) == (8, (3, 3), 1)
+        hidden = torch.zeros(self.rnn.num_layers, len(x), self.rnn.hidden_size)
+        return self.rnn(self.conv(x).flatten(2).transpose(1, 2), hidden)[0]
+
+
+@pytest.mark.parametrize("weight", ["rnn.weight_ih_l0", "rnn.weight_hh_l0"])
+def test_what_stands_for_a_layer_answers_as_it_did(weight):
+    net, x = Curious().eval(), torch.randn(2, 3, 4, 4)
+    rows, cols = net.get_parameter(weight).shape
+    small = fw.chained(
+        net, filed(net, {"conv.weight": low_rank(8, 27, 2), weight: low_rank(rows, cols, 2)}), only_if="always"
+    )
+    assert not isinstance(small.conv, nn.Conv2d)
+    assert not isinstance(small.rnn, nn.GRU)
+    assert small(x).shape == (2, 16, 6)
+
+
+def test_a_slim_layer_answers_as_it_did():
+    net, x = Curious().eval(), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        net.conv.weight[::2] = 0
+    before = net(x)
+    small = fw.slim(net)
+    assert not isinstance(small.conv, nn.Conv2d)
+    torch.testing.assert_close(small(x), before)

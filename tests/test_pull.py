@@ -470,3 +470,14 @@ def test_wrong_requests_are_one_line_and_a_code(said, run, tmp_path, monkeypatch
     )
     assert code == 2
     assert said in " ".join(err.split())
+
+
+def test_methods_by_name_get_the_kernel_of_their_weight_and_what_cannot_be_is_said():
+    net = nn.Sequential(nn.Conv2d(8, 8, 5), nn.Conv2d(8, 8, 3, groups=2))
+    form = Factorize("spatial", keep=0.3)
+    by_name, alone = Pull(net, {"0.weight": form}), Pull(net[:1], form)
+    assert by_name.update()["0.weight"].primal == pytest.approx(alone.update()["0.weight"].primal)
+    with pytest.raises(UsageError, match="groups"):
+        Pull(net, {"1.weight": form})
+    with pytest.raises(UsageError, match="must be a method, got int"):
+        Pull(net, {"0.weight": 3})  # pyright: ignore

@@ -3,7 +3,7 @@ from torch import nn
 
 from featherweight.errors import UsageError
 from featherweight.layers import scan
-from featherweight.target import baselines, target_bytes
+from featherweight.target import Goal, baselines, microseconds, target_bytes
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,16 @@ def test_baselines_count_tied_weights_once_and_no_counters():
     assert found.fp32 == 4 * (40 + 10 + 4 * 4)
     assert found.half == found.fp32 // 2
     assert found.int8 == 40 + 4 * 10 + 4 * (10 + 16)
+
+
+@pytest.mark.parametrize(
+    "given", [{"macs": "0"}, {"macs": "2x"}, {"latency": "2x"}, {"latency": "150%"}, {"params": "0x"}]
+)
+def test_what_no_network_allows_is_said_without_knowing_it(given):
+    with pytest.raises(UsageError, match=r"at most (the dense network's|what the dense network takes), got"):
+        Goal(**given)
+
+
+def test_a_time_above_the_dense_one_is_refused():
+    with pytest.raises(UsageError, match="900 µs, got '1ms'"):
+        microseconds("1ms", 900)

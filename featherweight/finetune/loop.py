@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from featherweight.artifact import StoredUnit
 from featherweight.calls import eager
-from featherweight.data import Batch, device_of
+from featherweight.data import Batch, describe, device_of
 from featherweight.errors import UsageError
 from featherweight.finetune import checkpoint
 from featherweight.finetune.checkpoint import Place
@@ -181,7 +181,10 @@ def _lost(task: Task, state: dict[str, Tensor], batch: Batch, how: Settings) -> 
     """The loss of the small network as it is now."""
     if task.loss is not None:
         with running(task.small, how):
-            return task.loss(functional_call(task.small, state, batch.args, batch.kwargs), batch.target)
+            found = task.loss(functional_call(task.small, state, batch.args, batch.kwargs), batch.target)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            raise UsageError(f"{how.word}: a loss must be one number, a tensor, and yours is {describe(found)}")
+        return found.reshape(())
     with torch.no_grad(), running(task.dense, how):
         want = _floats(batch.run(task.dense))
     with running(task.small, how):

@@ -43,6 +43,7 @@ def epoch_of(how: Settings, epoch: int, ranks: Ranks, start: int = 0) -> Epoch:
     found = _shuffled(how, epoch, ranks, start) if _is_map(how.data) else _as_it_is(how, epoch, ranks, start)
     if found.count == 0:
         what = "the data hold no sample" if ranks.count == 1 else f"the data are too few for {ranks.count} processes"
+        what += "; a Dataset is shared by samples, anything else by batches: make those smaller" * (ranks.count > 1)
         raise UsageError(f"{how.word}: {what}")
     return found
 

@@ -46,6 +46,7 @@ def check(how: Settings) -> None:
         UsageError: a number is out of its range.
     """
     require(type(how.epochs) is int and how.epochs > 0, "epochs must be a whole number above 0", how.epochs)
+    require(type(how.batch_size) is int and how.batch_size > 0, "the batch size must be above 0", how.batch_size)
     require(0 < how.learning_rate < math.inf, "the learning rate must be above 0", how.learning_rate)
     require(0 <= how.labels <= 1, "labels must be a share, 0 to 1", how.labels)
     require(0 <= how.mix <= 1, "mix must be a share of the samples, 0 to 1", how.mix)

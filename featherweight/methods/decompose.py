@@ -120,7 +120,10 @@ def ring(form: Form, w: Tensor) -> list[Tensor]:
 
 
 def cp(form: Form, w: Tensor) -> list[Tensor]:
-    """The first penalty whose terms do not cancel, the largest at last; random starts, the same every time."""
+    """The first penalty whose terms do not cancel, the largest at last; random starts, the same every time. With full
+    ranks, exact."""
+    if form.ranks[0] == w.numel() // max(form.modes):
+        return _fibers(form, w)
     scale = w.norm()
     found: list[Tensor] = []
     for penalty in PENALTIES:
@@ -132,6 +135,18 @@ def cp(form: Form, w: Tensor) -> list[Tensor]:
         if cancelling(found) * float(scale) ** 2 <= CANCELLING * float(w.square().sum()):
             break
     return [found[0] * scale, *found[1:]]
+
+
+def _fibers(form: Form, w: Tensor) -> list[Tensor]:
+    """A term for every fiber of w along its longest mode: unit vectors along the others."""
+    tensor, longest = w.reshape(form.modes), max(range(len(form.modes)), key=form.modes.__getitem__)
+    others = [k for k in range(tensor.ndim) if k != longest]
+    rank = w.numel() // form.modes[longest]
+    places = torch.unravel_index(torch.arange(rank), [form.modes[k] for k in others])
+    found = {form.axes[longest]: tensor.permute(longest, *others).reshape(-1, rank)}
+    for k, place in zip(others, places, strict=True):
+        found[form.axes[k]] = torch.nn.functional.one_hot(place, form.modes[k]).T.to(w)
+    return [found[term[0]].contiguous() for term in form.terms]
 
 
 def cancelling(tensors: Sequence[Tensor]) -> float:

@@ -92,8 +92,8 @@ class Factorize:
             require(0 < self.keep <= 1, "keep must be above 0 and at most 1", self.keep)
         if isinstance(self.ranks, str):
             require(self.ranks == "vbmf", "ranks must be 'vbmf' or numbers", self.ranks)
-            has = self.form in vbmf.FORMS
-            require(has, f"ranks 'vbmf' are of the forms {', '.join(vbmf.FORMS)} only; give keep", self.form)
+            has = self.form in (*vbmf.FORMS, *CHOICES)
+            require(has, "ranks 'vbmf' are not for rings and CP, whose ranks belong to no cut; give keep", self.form)
         elif self.ranks is not None:
             require(self.form in FORMS, f"ranks go with one form ({', '.join(FORMS)}); give keep", self.form)
         require(0 <= self.damp < math.inf, "damp must be at least 0", self.damp)
@@ -135,8 +135,10 @@ class Factorize:
         exact = w.detach().double().contiguous()
         tried = [f for f in self._forms(shape, taps) if f.numbers < w.numel()]
         if self.ranks == "vbmf":
-            ranks = vbmf.ranks_of(self.form, exact, self._kernel(taps))
-            tried = [] if 0 in ranks else [form_of(self.form, shape, self._kernel(taps), ranks)]
+            kernel = self._kernel(taps)
+            every = {n: vbmf.ranks_of(n, exact, kernel) for n in self._names(kernel)}
+            made = [form_of(n, shape, kernel, ranks) for n, ranks in every.items() if 0 not in ranks]
+            tried = sorted(made, key=lambda f: f.numbers)[:1]  # all hold what stands out
             if not tried or tried[0].numbers >= w.numel():
                 why = "no rank stands out from noise" if not tried else "its factors would have no fewer numbers"
                 return Plain(f"kept as it is: {why}").solve(w, stats)
@@ -176,12 +178,16 @@ class Factorize:
             require(math.prod(self.kernel) == taps, f"the kernel must have {taps} taps", self.kernel)
         return self.kernel or ((taps,) if taps > 1 else ())
 
+    def _names(self, kernel: tuple[int, ...]) -> list[str]:
+        """The forms that a layer can have; of several that are the same, the first."""
+        if math.prod(kernel) == 1 and self.form in CHOICES:
+            return ["rows"]
+        return [n for n in CHOICES.get(self.form, (self.form,)) if not forms.refusal(n, kernel)]
+
     def _forms(self, shape: tuple[int, int], taps: int) -> list[Form]:
         """What is tried, once where several are the same. Of vbmf, nothing yet."""
         kernel = self._kernel(taps)
-        names = [n for n in CHOICES.get(self.form, (self.form,)) if not forms.refusal(n, kernel)]
-        if taps == 1 and self.form in CHOICES:
-            names = ["rows"]
+        names = self._names(kernel)
         if isinstance(self.ranks, str):
             return []
         if self.ranks is not None:

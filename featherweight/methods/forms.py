@@ -74,13 +74,13 @@ def refusal(name: str, kernel: Sequence[int] = (), groups: int = 1) -> str:
     """Why a layer cannot have a form, in words; empty where it can.
 
     >>> refusal("spatial", (1, 1))
-    'the spatial form needs a kernel with two sides longer than 1, and this layer has 1x1'
+    'the spatial form needs a kernel of two dimensions, both longer than 1, and this layer has 1x1'
     """
     if groups > 1:
         return f"its {groups} groups of rows see different inputs, and a factored form has one set of inputs"
     if name == "spatial" and (len(kernel) != 2 or min(kernel) < 2):
         sides = "x".join(map(str, kernel)) if kernel else "no kernel"
-        return f"the spatial form needs a kernel with two sides longer than 1, and this layer has {sides}"
+        return f"the spatial form needs a kernel of two dimensions, both longer than 1, and this layer has {sides}"
     return ""
 
 

@@ -32,7 +32,7 @@ from featherweight.layers import Unit, scan
 from featherweight.methods import Method, Plain
 from featherweight.pull.nearest import nearest, with_books
 from featherweight.pull.settings import GROWTH, RHO, STEP, check_rho
-from featherweight.recipe import Recipe, assign
+from featherweight.recipe import Recipe, assign, settled
 from featherweight.stats import LayerStats
 
 TINY = 1e-30
@@ -217,7 +217,15 @@ def _chosen(
         found = scan(model, recipe.include, recipe.exclude)
         every, by_name = found.units, assign(recipe, found)
     else:
-        every, by_name = scan(model).units, dict(methods)
+        every = scan(model).units
+        for name, method in methods.items():
+            if not hasattr(method, "solve"):
+                raise UsageError(f"the form of '{name}' must be a method, got {type(method).__name__}")
+        known = {u.name: u for u in every}
+        by_name = {n: settled(m, known[n]) if n in known else m for n, m in methods.items()}
+        for name, method in by_name.items():
+            if isinstance(method, Plain) and method != methods[name]:
+                raise UsageError(f"{name} is {method.why}; leave it out, or give it another form")
     unknown = sorted(set(by_name) - {u.name for u in every})
     units = tuple(u for u in every if not isinstance(by_name.get(u.name, Plain()), Plain))  # plain: as it is
     if unknown or not units:

@@ -80,7 +80,7 @@ def test_contractions_are_sums_of_products():
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12), name
 
 
-@pytest.mark.parametrize("name", ["rows", "cols", "spatial", "tucker", "tt"])
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_full_rank_is_exact(name, layer):
     shape, kernel = LAYERS[layer]
@@ -307,13 +307,13 @@ def test_vbmf_ranks_of_layers():
         (lambda: Factorize("rows", 0.5, ranks=(2,)), "keep or ranks"),
         (lambda: Factorize("rows", 0.0), "keep must be above 0"),
         (lambda: Factorize("rows", 1.5), "keep must be above 0"),
-        (lambda: Factorize("cp", ranks="vbmf"), "'vbmf' are of the forms"),
+        (lambda: Factorize("cp", ranks="vbmf"), "'vbmf' are not for rings and CP"),
         (lambda: Factorize("best", ranks=(2,)), "ranks go with one form"),
         (lambda: Factorize("rows", ranks="many"), "'vbmf' or numbers"),
         (lambda: Factorize("tucker", ranks=(2,)).solve(*problem(4, 6)), None),
         (lambda: form_of("tucker", (4, 18), (3, 3), (2,)), "has 2 ranks"),
         (lambda: form_of("rows", (4, 18), (), (0,)), "whole numbers above 0"),
-        (lambda: form_of("spatial", (4, 18), (9,), (1,)), "two sides longer than 1"),
+        (lambda: form_of("spatial", (4, 18), (9,), (1,)), "two dimensions, both longer than 1"),
         (lambda: form_at("rows", (4, 18), (5,), 0.5), "must divide 18 columns"),
         (lambda: method_of({"method": "tucker"}), "--keep 0.5, or --ranks vbmf"),
         (lambda: method_of({"method": "tucker", "keep": 0.5, "quantizer": "obq"}), "no setting 'quantizer'"),
@@ -345,3 +345,16 @@ def test_what_cannot_be_factored_is_kept_with_the_reason():
         assign(Recipe(Plain(), (own,)), found)
     assert isinstance(assign(Recipe(Plain(), (replace(own, pattern="conv*"),)), found)["conv2.weight"], Plain)
     assert method_of({"method": "lowrank", "ranks": "vbmf"} | {"method": "tt"}) == Factorize("tt", ranks="vbmf")
+
+
+def test_ranks_that_stand_out_are_found_for_whatever_form_needs_the_fewest_numbers():
+    make = torch.Generator().manual_seed(5)
+    flat = torch.randn(24, 1, generator=make).double() @ torch.randn(1, 12 * 9, generator=make).double()
+    w = flat + 1e-3 * torch.randn(24, 12 * 9, generator=make).double()
+    stats = LayerStats.white(12 * 9, taps=9)
+    own = {
+        n: Factorize(n, ranks="vbmf", kernel=(3, 3)).solve(w, stats).weight for n in ("rows", "cols", "lowrank", "best")
+    }
+    sizes = {n: sum(t.numel() for t in weight.tensors().values()) for n, weight in own.items()}
+    assert sizes["lowrank"] == min(sizes["rows"], sizes["cols"])
+    assert sizes["best"] <= sizes["lowrank"] < w.numel() / 2
