@@ -18,6 +18,7 @@ from featherweight.allocator import NAMES
 from featherweight.artifact import Artifact, fill, write
 from featherweight.artifact.read import from_bytes
 from featherweight.artifact.write import to_bytes
+from featherweight.chains import chains_of
 from featherweight.data import Batch, split
 from featherweight.database import Database
 from featherweight.errors import InfeasibleError, UsageError
@@ -33,7 +34,7 @@ from featherweight.pull import admm as train_in
 from featherweight.recipe import Recipe, input_bits, settled
 from featherweight.repair import Repair, repair
 from featherweight.repair.distance import DenseOutputs
-from featherweight.report import Report, rows_of
+from featherweight.report import Report, rows_of, with_runs
 from featherweight.settle import goal_of, remembered, setting_of, settle
 from featherweight.sharing import fitted
 from featherweight.solve import Order, Progress, Work, assembled, order, solved
@@ -185,7 +186,7 @@ def compress(
     after = measured(evaluate, fill(small, from_bytes(data_read_back)))
     damping = {name: s.info["damp"] for name, s in solutions.items() if "damp" in s.info}
     report = Report(
-        rows_of(artifact),
+        with_runs(rows_of(artifact), chains_of(small, artifact, only_if="fewer")),
         found.left_alone,
         base,
         size,

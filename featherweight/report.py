@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 from rich.console import Group
@@ -13,6 +14,7 @@ from rich.text import Text
 from featherweight.activations import FloatInput
 from featherweight.allocator import NAMES, Allocation
 from featherweight.artifact import Artifact
+from featherweight.chains.choose import OTHER, ChainRow
 from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone
 from featherweight.packing import FULL as FULL_DIGITS
@@ -112,6 +114,14 @@ def rows_of(artifact: Artifact) -> tuple[Row, ...]:
             )
         )
     return tuple(rows)
+
+
+def with_runs(rows: Sequence[Row], chains: Sequence[ChainRow]) -> tuple[Row, ...]:
+    """The rows, those of factors that no chain of layers computes with fewer multiplications with a remark."""
+    return tuple(
+        replace(row, note=row.note or f"runs decoded: {chain.reason}") if chain.reason not in ("", OTHER) else row
+        for row, chain in zip(rows, chains, strict=True)
+    )
 
 
 def weights_table(rows: tuple[Row, ...], file_bytes: int) -> Table:

@@ -16,6 +16,7 @@ from featherweight.counting import counted, within
 from featherweight.data import Batch
 from featherweight.errors import UsageError
 from featherweight.layers import scan
+from featherweight.recipe import recipe_of
 from featherweight.report import rows_of
 from featherweight.stages import chain_of
 from featherweight.weights import Dense, Factors, Grid
@@ -380,3 +381,12 @@ def test_a_slim_layer_answers_as_it_did():
     small = fw.slim(net)
     assert not isinstance(small.conv, nn.Conv2d)
     torch.testing.assert_close(small(x), before)
+
+
+def test_the_report_says_what_runs_decoded():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)), torch.randn(16, 8, 6, 6)
+    ring = fw.compress(net, x, recipe=recipe_of({"method": "tr", "keep": 0.4})).report.rows
+    assert all("runs decoded: its chain multiplies" in row.note for row in ring)
+    spatial = fw.compress(net, x, recipe=recipe_of({"method": "spatial", "keep": 0.4})).report.rows
+    assert [row.note for row in spatial] == ["", ""]

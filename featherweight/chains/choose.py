@@ -22,6 +22,7 @@ from featherweight.weights import Factors
 
 OnlyIf: TypeAlias = Literal["faster", "fewer", "always"]
 
+OTHER = "not stored as factors"
 ROUNDS = 3  # of turns that a layer and its chain take while they are timed
 _CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
@@ -149,7 +150,7 @@ def _row(
         calls = (nominal(stored.view, layer.stride if kind in ("conv", "conv_transpose") else ()),)
     dense = Cost(dense_macs(stored.view, kind, calls), params, params * like.element_size())
     if not isinstance(weight, Factors):
-        return ChainRow(name, label, "dense", "not stored as factors", dense)
+        return ChainRow(name, label, "dense", OTHER, dense)
     if reason := _unfit(model, layer, owner, stored, unit, own):
         return ChainRow(name, label, "dense", reason, dense)
     chain = chain_of(weight, stored.view, kind in ("conv", "conv_transpose"))
