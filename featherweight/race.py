@@ -31,6 +31,8 @@ FASTER = 1.05  # times: less is said to be no faster
 DENSE, OURS = "dense fp32", "ours"
 
 Call: TypeAlias = Callable[[], Any]
+Rounds: TypeAlias = dict[tuple[str, str], list[float]]
+"""Milliseconds in every round, by runtime and network."""
 
 
 @final
@@ -38,7 +40,7 @@ Call: TypeAlias = Callable[[], Any]
 class Time:
     """Milliseconds of one call with `batch` samples: the median of all rounds' medians, and the lowest and highest of
     them. faster: how many times faster than the dense network in the same runtime, the median over rounds of the ratio
-    within one, and the lowest and highest of these."""
+    within one, and the lowest and highest of these; None where the dense network was not timed there."""
 
     runtime: str
     what: str
@@ -46,9 +48,9 @@ class Time:
     ms: float
     lowest: float
     highest: float
-    faster: float
-    faster_lowest: float
-    faster_highest: float
+    faster: float | None
+    faster_lowest: float | None
+    faster_highest: float | None
 
 
 @final
@@ -81,7 +83,9 @@ def race(
         UsageError: the file does not fit the network, or there are too few samples.
     """
     inputs = {size: _exactly(data, model, size) for size in sizes}
+    smaller = artifact.about.get("fp32_bytes", 0) / file_bytes if file_bytes else 0.0
     times: list[Time] = []
+    verdict: list[str] = []
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         files, left = _files(artifact, model, data, Path(folder), progress)
         networks, more = _networks(artifact, model)
@@ -103,9 +107,10 @@ def race(
             found = in_turns(
                 list(runs.values()), ROUNDS, SECONDS, lambda done, size=size: progress(f"batch {size}", done, ROUNDS)
             )
-            times += _table(list(runs), found, size)
-    smaller = artifact.about.get("fp32_bytes", 0) / file_bytes if file_bytes else 0.0
-    return Race(tuple(times), left, tuple(_verdict(times, size, smaller) for size in sizes))
+            rounds = dict(zip(runs, found, strict=True))
+            times += _table(rounds, size)
+            verdict.append(_verdict(rounds, size, smaller, left))
+    return Race(tuple(times), left, tuple(verdict))
 
 
 def in_turns(
@@ -134,27 +139,42 @@ def in_turns(
     return found
 
 
-def _table(names: Sequence[tuple[str, str]], found: Sequence[Sequence[float]], size: int) -> list[Time]:
-    rows, dense = [], {runtime: own for (runtime, what), own in zip(names, found, strict=True) if what == DENSE}
-    for (runtime, what), own in zip(names, found, strict=True):
-        ratios = [a / b for a, b in zip(dense[runtime], own, strict=True)] if runtime in dense else [float("nan")]
-        known = runtime, what, size, statistics.median(own), min(own), max(own)
-        rows.append(Time(*known, statistics.median(ratios), min(ratios), max(ratios)))
+def _table(rounds: Rounds, size: int) -> list[Time]:
+    rows = []
+    for (runtime, what), own in rounds.items():
+        dense = rounds.get((runtime, DENSE))
+        faster = (None, None, None) if dense is None else _ratio(dense, own)
+        rows.append(Time(runtime, what, size, statistics.median(own), min(own), max(own), *faster))
     return rows
 
 
-def _verdict(times: Sequence[Time], size: int, smaller: float) -> str:
-    """Of our network against the dense one in the runtime where each is fastest, and in the same."""
-    own = [t for t in times if t.batch == size]
-    ours = [t for t in own if t.what == OURS]
-    at = f"at batch {size}"
+def _ratio(dense: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """How many times as fast one is as the dense one: the median over rounds, the lowest and the highest."""
+    ratios = [a / b for a, b in zip(dense, own, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def _verdict(rounds: Rounds, size: int, smaller: float, left: dict[str, str]) -> str:
+    """Of our network against the dense one, each in the runtime where it is fastest. Ours counts only in runtimes that
+    ran both: the dense network may be as fast in another, if it only ran there."""
+    dense = {runtime: own for (runtime, what), own in rounds.items() if what == DENSE}
+    ours = {runtime: own for (runtime, what), own in rounds.items() if what == OURS and runtime in dense}
     if not ours:
-        return f"{at} the dense network and the file's take the same time: nothing in the file runs otherwise"
-    best = max(ours, key=lambda t: t.faster)
-    spread = f"{best.faster:.2f} times ({best.faster_lowest:.2f} to {best.faster_highest:.2f}) the dense one's speed"
-    if best.faster >= FASTER:
-        return f"{at} the file's network has {spread} in {best.runtime}"
-    return f"{at} the file is {smaller:.1f} times smaller, but its network is not faster: {spread} in {best.runtime}"
+        why = "; ".join(f"{what}: {reason}" for what, reason in left.items() if what.startswith((OURS, DENSE)))
+        return (
+            f"at batch {size} no runtime ran both the dense network and the file's, so nothing is said of speed: {why}"
+        )
+    fastest, other = (min(many, key=lambda r, many=many: statistics.median(many[r])) for many in (ours, dense))
+    median, lowest, highest = _ratio(dense[other], ours[fastest])
+    said = f"{median:.2f} times ({lowest:.2f} to {highest:.2f}) the dense one's speed"
+    if other == fastest:
+        said += f", both in {fastest}"
+    else:
+        same = "{:.2f} times ({:.2f} to {:.2f})".format(*_ratio(dense[fastest], ours[fastest]))
+        said += f", ours in {fastest}, the dense one in {other}; {same} where both run in {fastest}"
+    if median >= FASTER and lowest > 1:
+        return f"at batch {size} the file's network has {said}"
+    return f"at batch {size} the file is {smaller:.1f} times smaller, but its network is not faster: {said}"
 
 
 def _networks(artifact: Artifact, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -61,8 +61,9 @@ def bench_command(
     for title in ("batch", "ms", "lowest to highest", "times faster", "lowest to highest"):
         table.add_column(title, justify="right", no_wrap=True)
     for t in found.times:
-        spread, ratios = f"{t.lowest:.3f} to {t.highest:.3f}", f"{t.faster_lowest:.2f} to {t.faster_highest:.2f}"
-        table.add_row(t.runtime, t.what, str(t.batch), f"{t.ms:.3f}", spread, f"{t.faster:.2f}", ratios)
+        known = t.faster is not None
+        ratios = (f"{t.faster:.2f}", f"{t.faster_lowest:.2f} to {t.faster_highest:.2f}") if known else ("", "")
+        table.add_row(t.runtime, t.what, str(t.batch), f"{t.ms:.3f}", f"{t.lowest:.3f} to {t.highest:.3f}", *ratios)
     out.print(table, "")
     out.print(*(f"not timed: {what}: {why}" for what, why in found.left.items()), sep="\n", markup=False)
     out.print(*(f"{v[0].upper()}{v[1:]}." for v in found.verdict), sep="\n", markup=False)

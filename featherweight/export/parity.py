@@ -95,9 +95,10 @@ def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], tol
         worst = float(far.max())
         if worst > tolerance:
             first = tuple(int(i) for i in np.argwhere(far > tolerance)[0])
+            values = f"{float(b[first]):.7g}, in torch {float(a[first]):.7g}"
             raise FormatError(
-                f"the exported network computes something else in {runtime}: output {k} at {first} is {float(b[first]):.7g}, "
-                f"in torch {float(a[first]):.7g}; largest difference {worst:.2g} of the largest output, allowed {tolerance:g}"
+                f"the exported network computes something else in {runtime}: output {k} at {first} is {values}; "
+                f"largest difference {worst:.2g} of the largest output, allowed {tolerance:g}"
             )
         largest = max(largest, worst)
     return largest
