@@ -21,7 +21,7 @@ from featherweight.errors import FeatherweightError, UsageError
 from featherweight.export.fast import arrays_of, export_int8, made_for_speed
 from featherweight.export.graph import doubled, graph_of, quiet
 from featherweight.export.onnx import export_onnx
-from featherweight.export.parity import in_onnxruntime, in_openvino
+from featherweight.export.parity import check_installed, in_onnxruntime, in_openvino
 from featherweight.slim import slim
 from featherweight.solve import Progress
 
@@ -80,8 +80,9 @@ def race(
             calibrated on, and that are run. sizes: samples of a call.
 
     Raises:
-        UsageError: the file does not fit the network, or there are too few samples.
+        UsageError: the file does not fit the network, there are too few samples, or onnxruntime is missing.
     """
+    check_installed()
     inputs = {size: _exactly(data, model, size) for size in sizes}
     smaller = artifact.about.get("fp32_bytes", 0) / file_bytes if file_bytes else 0.0
     times: list[Time] = []
@@ -93,6 +94,13 @@ def race(
         for size, batch in inputs.items():
             runs: dict[tuple[str, str], Call] = {}
             for what, network in networks.items():
+                try:
+                    batch.run(network)
+                except Exception as error:  # what a network of ours cannot do is one line of the result
+                    if what == DENSE:
+                        raise
+                    left[f"{what} in torch"] = _first_line(error)
+                    continue
                 runs["torch", what] = lambda network=network, batch=batch: batch.run(network)
             arrays = arrays_of(model, batch)
             for runtime, start in _runtimes().items():
@@ -101,7 +109,7 @@ def race(
                         run = start(file)
                         run(arrays)
                     except Exception as error:  # a runtime that does not take a file is one line of the result
-                        left[f"{what} in {runtime}"] = " ".join(str(error).split())[:200]
+                        left[f"{what} in {runtime}"] = _first_line(error)
                         continue
                     runs[runtime, what] = lambda run=run, arrays=arrays: run(arrays)
             found = in_turns(
@@ -182,8 +190,11 @@ def _networks(artifact: Artifact, model: nn.Module) -> tuple[dict[str, nn.Module
     own = fill(copy.deepcopy(model), artifact)
     simulate(own, {})
     before = [type(m) for m in own.modules()]
-    slim(as_chains(own, artifact, chains_of(own, artifact)))
     dense = copy.deepcopy(model).eval()
+    try:
+        slim(as_chains(own, artifact, chains_of(own, artifact)))
+    except Exception as error:  # a network that cannot be made is one line of the result
+        return {DENSE: dense}, {f"{OURS} in torch": _first_line(error)}
     if [type(m) for m in own.modules()] == before:
         return {DENSE: dense}, {f"{OURS} in torch": "it runs the dense network's layers there, in as much time"}
     return {DENSE: dense, OURS: own.eval()}, {}
@@ -200,28 +211,33 @@ def _files(
         with quiet():
             path.write_bytes(graph_of(copy.deepcopy(model).eval(), doubled(data[0])).SerializeToString())
 
+    def quantized(path: Path) -> None:
+        if DENSE not in files:
+            raise UsageError("it begins with the dense network as ONNX, which could not be made")
+        quantize_static(files[DENSE], path, [arrays_of(model, b) for b in data])
+
     def ours(path: Path) -> None:
         if made_for_speed(artifact):
             export_int8(artifact, model, data, path, progress)
         else:
             export_onnx(artifact, model, data[0], path, progress)
 
-    makers: dict[str, Callable[[Path], None]] = {
-        DENSE: dense,
-        OURS: ours,
-        "quantize_static": lambda path: quantize_static(files[DENSE], path, [arrays_of(model, b) for b in data]),
-    }
+    makers: dict[str, Callable[[Path], None]] = {DENSE: dense, OURS: ours, "quantize_static": quantized}
     for what, make in makers.items():
         path = folder / f"{what.replace(' ', '-')}.onnx"
         try:
             make(path)
-        except FeatherweightError as error:
-            left[what] = str(error)
-            if what == DENSE:
-                return {}, {f"{w} in onnxruntime": str(error) for w in makers}
+        except Exception as error:  # a file that cannot be made is one line of the result
+            left[f"{what} as ONNX"] = _first_line(error)
             continue
         files[what] = path
     return files, left
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, and of which type it is where nothing of ours said so."""
+    text = next(iter(str(error).strip().splitlines()), "")[:200]
+    return text if isinstance(error, FeatherweightError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def quantize_static(dense: Path, path: Path, batches: Sequence[Sequence[Any]], ranges: str = "MinMax") -> None:

@@ -1,10 +1,15 @@
 """`featherweight bench` and `compress --for speed`, as commands."""
 
 import json
+import sys
 
 import pytest
+import torch
 
+from featherweight import race
+from featherweight.artifact import read
 from featherweight.cli import main
+from featherweight.data import batches
 from featherweight.demo import digits
 from featherweight.race import DENSE, OURS, _table, _verdict, in_turns
 
@@ -75,6 +80,29 @@ def test_bench_needs_inputs(run, fast):
     assert "give --data" in err
     code, _, err = run("bench", fast, "--model", MODEL, "--input-shape", "3,5,5", "--batch", 1)
     assert code == 2
+
+
+def test_without_onnxruntime_bench_prints_the_install_line(run, fast, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, err = run("bench", fast, "--model", MODEL, "--input-shape", "1,8,8")
+    assert code == 2
+    assert "pip install onnx onnxscript onnxruntime (missing: onnxruntime)" in " ".join(err.split())
+
+
+def test_whatever_keeps_one_from_running_is_a_line_of_the_result(fast, monkeypatch):
+    def fail(*_args, **_more):
+        raise RuntimeError("no such node\nand more")
+
+    for name in ("graph_of", "made_for_speed", "slim"):
+        monkeypatch.setattr(f"featherweight.race.{name}", fail)
+    monkeypatch.setattr("featherweight.race.ROUNDS", 1)
+    monkeypatch.setattr("featherweight.race.SECONDS", 0.0)
+    data = batches(torch.randn(2, 1, 8, 8))
+    found = race.race(read(fast), digits.make(), data, [1], 1000, lambda _stage, _done, _total: None)
+    assert [(t.runtime, t.what) for t in found.times] == [("torch", DENSE)]
+    assert set(found.left) == {f"{DENSE} as ONNX", f"{OURS} as ONNX", f"{OURS} in torch", "quantize_static as ONNX"}
+    assert found.left[f"{OURS} as ONNX"] == "RuntimeError: no such node"
+    assert "no runtime ran both" in found.verdict[0]
 
 
 def test_all_take_their_turn_and_another_is_first_each_round():

@@ -34,6 +34,17 @@ class Parity:
     difference: float
 
 
+def check_installed() -> None:
+    """Refuse work that ends in ONNX, before it begins, where a package for it is missing.
+
+    Raises:
+        UsageError: one is; the install line.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{INSTALL} (missing: {', '.join(missing)})")
+
+
 def compared(
     path: Path, network: nn.Module, examples: Sequence[Batch], tolerance: float, openvino: bool
 ) -> tuple[Parity, ...]:
