@@ -19,7 +19,10 @@ from featherweight.export.graph import INSTALL, bound, quiet
 TOLERANCE = 1e-4  # of the largest output: float32 sums are taken in other orders
 ROUNDED = 0.1  # the same where inputs are rounded: a last bit decides between two points, and later layers see it
 
-_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # no bf16, no int8 inputs
+_EXACT: dict[str, Any] = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}  # no bf16, no int8 inputs
 
 Runner: TypeAlias = Callable[[Sequence[Any]], list[Any]]
 
@@ -135,13 +138,14 @@ def in_onnxruntime(path: Path) -> Runner:
 
 
 def in_openvino(path: Path) -> Runner:
-    """Runs a file with OpenVINO as its operators say: by default it computes in bf16 where the processor can, and
-    rounds inputs of layers whose weights have few bits."""
+    """Runs a file with OpenVINO as its operators say, on as many threads as torch has: by default it computes in bf16
+    where the processor can, and rounds inputs of layers whose weights have few bits."""
     import openvino  # pyright: ignore[reportMissingImports] - optional
 
     try:
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(str(path)), "CPU", _EXACT)
+        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", _EXACT | threads)
     except Exception as error:  # whatever OpenVINO raises
         raise FormatError(
             f"OpenVINO does not load the exported network: {' '.join(str(error).split())[:300]}"

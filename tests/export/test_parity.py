@@ -1,5 +1,8 @@
 """Outputs of an exported network are compared where they are numbers, and must be the same where they are none."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -41,3 +44,21 @@ def test_what_is_no_number_must_be_the_same_in_the_same_place(expected, found, w
 def test_an_infinite_output_hides_no_difference():
     with pytest.raises(FormatError, match="output 0 at \\(1,\\) is 2, in torch 1"):
         parity._difference("onnxruntime", [np.array([INF, 1.0])], [np.array([INF, 2.0])], 1e-4)
+
+
+def test_openvino_gets_the_threads_of_torch(monkeypatch, tmp_path):
+    """With a stand-in: it is not among the packages that tests need."""
+    asked = {}
+
+    class Core:
+        def read_model(self, path):
+            return path
+
+        def compile_model(self, _model, device, settings):
+            asked.update(settings, device=device)
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    parity.in_openvino(tmp_path / "net.onnx")
+    assert asked["INFERENCE_NUM_THREADS"] == 3
+    assert asked["device"] == "CPU"
