@@ -21,7 +21,7 @@ from featherweight.errors import FeatherweightError, UsageError
 from featherweight.export.fast import arrays_of, export_int8, made_for_speed
 from featherweight.export.graph import doubled, graph_of, quiet
 from featherweight.export.onnx import export_onnx
-from featherweight.export.parity import check_installed, in_onnxruntime, in_openvino
+from featherweight.export.parity import in_onnxruntime, in_openvino
 from featherweight.slim import slim
 from featherweight.solve import Progress
 
@@ -80,9 +80,8 @@ def race(
             calibrated on, and that are run. sizes: samples of a call.
 
     Raises:
-        UsageError: the file does not fit the network, there are too few samples, or onnxruntime is missing.
+        UsageError: the file does not fit the network, or there are too few samples.
     """
-    check_installed()
     inputs = {size: _exactly(data, model, size) for size in sizes}
     smaller = artifact.about.get("fp32_bytes", 0) / file_bytes if file_bytes else 0.0
     times: list[Time] = []

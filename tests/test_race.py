@@ -84,7 +84,7 @@ def test_bench_needs_inputs(run, fast):
 
 def test_without_onnxruntime_bench_prints_the_install_line(run, fast, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, _, err = run("bench", fast, "--model", MODEL, "--input-shape", "1,8,8")
+    code, _, err = run("bench", fast, "--model", "nowhere.py:make", "--input-shape", "1,8,8")
     assert code == 2
     assert "pip install onnx onnxscript onnxruntime (missing: onnxruntime)" in " ".join(err.split())
 

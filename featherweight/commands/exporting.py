@@ -24,6 +24,7 @@ from featherweight.export.checkpoint import export_checkpoint
 from featherweight.export.fast import export_int8, made_for_speed
 from featherweight.export.onnx import export_onnx
 from featherweight.export.packed import check_folder, export_compressed_tensors
+from featherweight.export.parity import check_installed
 from featherweight.export.program import export_program
 from featherweight.export.result import Export
 from featherweight.export.said import lines_of
@@ -120,6 +121,8 @@ def export_command(
         raise UsageError(f"{output} must end in .onnx, .pt2 or .safetensors, or have no ending, for a folder")
     if smallest and output.suffix != ONNX:
         raise UsageError(f"--smallest is for files that end in {ONNX}, got {output}")
+    if output.suffix == ONNX:
+        check_installed()
     if output.suffix == FOLDER:
         check_folder(output)
     else:

@@ -14,6 +14,7 @@ from featherweight.errors import UsageError
 from featherweight.page import collect, html, markdown, measure
 from featherweight.page.facts import read_file
 from featherweight.page.given import read_given
+from featherweight.page.render import check_installed
 from featherweight.proof import check_output, replaced
 
 
@@ -40,6 +41,7 @@ def report_command(
 ) -> None:
     """Write a page about a file: sizes, accuracy and speed beside plain ways to store the network, every weight, and
     how to make it again. With --model and --test everything is measured; without, it tells what the file knows."""
+    check_installed()
     opt.check_metric(metric, test)
     if (model is None) != (test is None):
         raise UsageError("to measure, give both: --model file.py:function and --test file.py:function")

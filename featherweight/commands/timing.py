@@ -16,6 +16,7 @@ from featherweight.commands.app import app
 from featherweight.console import bars, out, plain_warnings, print_json
 from featherweight.data import Batch, batches
 from featherweight.errors import UsageError
+from featherweight.export.parity import check_installed
 from featherweight.synthesis import shape_of
 from featherweight.userland import call, make_model
 
@@ -37,6 +38,7 @@ def bench_command(
     """Time the dense network, the file's, and what plain tools make of the dense one, in turns, in one run."""
     from featherweight.race import race
 
+    check_installed()
     if data is not None and input_shape is not None:
         raise UsageError("give --data or --input-shape, not both")
     sizes = list(dict.fromkeys(batch or [1, 32]))

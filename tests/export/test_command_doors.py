@@ -1,6 +1,7 @@
 """`featherweight export` of programs and checkpoints, which need nothing but torch and safetensors."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -70,6 +71,12 @@ def test_wrong_requests_are_one_line(small, tmp_path, capsys, name, more, messag
     assert message in " ".join(said.split())
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnxruntime_nothing_begins(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run(small, tmp_path / "small.onnx", "--model", "nowhere.py:make", *EXAMPLE) == 2
+    assert "pip install onnx onnxscript onnxruntime (missing: onnxruntime)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_structure_needs_the_word(small, tmp_path, capsys):
