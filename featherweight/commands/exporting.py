@@ -15,7 +15,7 @@ from torch import nn
 
 from featherweight import options as opt
 from featherweight.artifact import Artifact, read
-from featherweight.artifact.structure import FIELD
+from featherweight.artifact.structure import without_structure
 from featherweight.commands.app import app
 from featherweight.console import bars, out, print_json
 from featherweight.data import Batch, batches
@@ -145,7 +145,7 @@ def export_command(
 
     artifact = read(file)
     if ignore_structure:
-        artifact = replace(artifact, about={k: v for k, v in artifact.about.items() if k != FIELD})
+        artifact = replace(artifact, about=without_structure(artifact.about))
     fast = output.suffix == ONNX and made_for_speed(artifact)
     if fast and smallest:
         raise UsageError(f"{file} was made for speed and becomes int8; leave out --smallest")

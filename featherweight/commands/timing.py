@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from featherweight import options as opt
 from featherweight.artifact import read
+from featherweight.artifact.structure import without_structure
 from featherweight.commands.app import app
 from featherweight.console import bars, out, plain_warnings, print_json
 from featherweight.data import Batch, batches
@@ -31,6 +32,7 @@ def bench_command(
     weights: opt.Weights = None,
     data: opt.DataSpec = None,
     input_shape: opt.InputShape = None,
+    ignore_structure: opt.IgnoreStructure = False,
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="samples of a call (repeatable)")] = None,
     threads: Annotated[int, typer.Option(min=1, help="that every runtime computes on")] = 2,
     as_json: opt.Json = False,
@@ -44,6 +46,8 @@ def bench_command(
     sizes = list(dict.fromkeys(batch or [1, 32]))
     shape = None if input_shape is None else shape_of(input_shape)
     artifact, before = read(file), torch.get_num_threads()
+    if ignore_structure:
+        artifact = replace(artifact, about=without_structure(artifact.about))
     torch.set_num_threads(threads)
     try:
         with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
