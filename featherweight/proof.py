@@ -84,7 +84,7 @@ def check_output(output: Path, weights: Path | None) -> None:
 @contextmanager
 def replaced(output: Path) -> Iterator[Path]:
     """A place to write to that becomes `output` at the end, whole or not at all."""
-    place = output.with_name(f".{output.name}.unproved")
+    place = output.with_name(f".{output.name}.{os.getpid()}.unproved")  # another process may write the same
     try:
         yield place
         os.replace(place, output)
