@@ -52,7 +52,15 @@ class Batch:
         except Exception as error:  # the user's network may raise anything
             shapes = ", ".join(describe(v) for v in chain(self.args, self.kwargs.values()))
             what = f"{type(error).__name__}: {error}"
-            raise UsageError(f"the network does not accept the data ({shapes}): {what}") from error
+            raise UsageError(f"the network does not accept the data ({shapes}){self._hint(model)}: {what}") from error
+
+    def _hint(self, model: nn.Module) -> str:
+        """What to do where a network failed on inputs that look like random numbers."""
+        tensors = [v for v in chain(self.args, self.kwargs.values()) if isinstance(v, Tensor)]
+        whole = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
+        if not whole or any(not t.is_floating_point() for t in tensors):
+            return ""
+        return ", as its embeddings take whole numbers; give --data, not an input shape"
 
 
 def batches(data: Any, batch_size: int = 128) -> list[Batch]:

@@ -44,13 +44,22 @@ def meter(data: str | None, metric: str | None, batch_size: int) -> Callable[[nn
 
 
 def prove(
-    file: Path, digest: str, model: str, weights: Path | None, test: str | None, metric: str | None, batch_size: int
+    file: Path,
+    digest: str,
+    model: str,
+    weights: Path | None,
+    test: str | None,
+    metric: str | None,
+    batch_size: int,
+    *,
+    ignore_structure: bool = False,
 ) -> dict[str, Any]:
     """Read the file back in a fresh process; its digest must be ours. With test data, also measure there."""
     command = [sys.executable, "-P", "-m", "featherweight", "inspect", str(file), "--json"]
     if test is not None:
         command[4:6] = ["evaluate", str(file), "--model", model, "--data", test, "--batch-size", str(batch_size)]
         command += ["--metric", metric] if metric else []
+        command += ["--ignore-structure"] if ignore_structure else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise FormatError(f"{file} was written but a fresh process cannot use it: {done.stderr.strip()}")
@@ -75,7 +84,7 @@ def check_output(output: Path, weights: Path | None) -> None:
 @contextmanager
 def replaced(output: Path) -> Iterator[Path]:
     """A place to write to that becomes `output` at the end, whole or not at all."""
-    place = output.with_name(f".{output.name}.unproved")
+    place = output.with_name(f".{output.name}.{os.getpid()}.unproved")  # another process may write the same
     try:
         yield place
         os.replace(place, output)

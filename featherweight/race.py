@@ -31,6 +31,8 @@ FASTER = 1.05  # times: less is said to be no faster
 DENSE, OURS = "dense fp32", "ours"
 
 Call: TypeAlias = Callable[[], Any]
+Rounds: TypeAlias = dict[tuple[str, str], list[float]]
+"""Milliseconds in every round, by runtime and network."""
 
 
 @final
@@ -38,7 +40,7 @@ Call: TypeAlias = Callable[[], Any]
 class Time:
     """Milliseconds of one call with `batch` samples: the median of all rounds' medians, and the lowest and highest of
     them. faster: how many times faster than the dense network in the same runtime, the median over rounds of the ratio
-    within one, and the lowest and highest of these."""
+    within one, and the lowest and highest of these; None where the dense network was not timed there."""
 
     runtime: str
     what: str
@@ -46,9 +48,9 @@ class Time:
     ms: float
     lowest: float
     highest: float
-    faster: float
-    faster_lowest: float
-    faster_highest: float
+    faster: float | None
+    faster_lowest: float | None
+    faster_highest: float | None
 
 
 @final
@@ -81,7 +83,9 @@ def race(
         UsageError: the file does not fit the network, or there are too few samples.
     """
     inputs = {size: _exactly(data, model, size) for size in sizes}
+    smaller = artifact.about.get("fp32_bytes", 0) / file_bytes if file_bytes else 0.0
     times: list[Time] = []
+    verdict: list[str] = []
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         files, left = _files(artifact, model, data, Path(folder), progress)
         networks, more = _networks(artifact, model)
@@ -89,6 +93,13 @@ def race(
         for size, batch in inputs.items():
             runs: dict[tuple[str, str], Call] = {}
             for what, network in networks.items():
+                try:
+                    batch.run(network)
+                except Exception as error:  # what a network of ours cannot do is one line of the result
+                    if what == DENSE:
+                        raise
+                    left[f"{what} in torch"] = _first_line(error)
+                    continue
                 runs["torch", what] = lambda network=network, batch=batch: batch.run(network)
             arrays = arrays_of(model, batch)
             for runtime, start in _runtimes().items():
@@ -97,15 +108,16 @@ def race(
                         run = start(file)
                         run(arrays)
                     except Exception as error:  # a runtime that does not take a file is one line of the result
-                        left[f"{what} in {runtime}"] = " ".join(str(error).split())[:200]
+                        left[f"{what} in {runtime}"] = _first_line(error)
                         continue
                     runs[runtime, what] = lambda run=run, arrays=arrays: run(arrays)
             found = in_turns(
                 list(runs.values()), ROUNDS, SECONDS, lambda done, size=size: progress(f"batch {size}", done, ROUNDS)
             )
-            times += _table(list(runs), found, size)
-    smaller = artifact.about.get("fp32_bytes", 0) / file_bytes if file_bytes else 0.0
-    return Race(tuple(times), left, tuple(_verdict(times, size, smaller) for size in sizes))
+            rounds = dict(zip(runs, found, strict=True))
+            times += _table(rounds, size)
+            verdict.append(_verdict(rounds, size, smaller, left))
+    return Race(tuple(times), left, tuple(verdict))
 
 
 def in_turns(
@@ -134,27 +146,42 @@ def in_turns(
     return found
 
 
-def _table(names: Sequence[tuple[str, str]], found: Sequence[Sequence[float]], size: int) -> list[Time]:
-    rows, dense = [], {runtime: own for (runtime, what), own in zip(names, found, strict=True) if what == DENSE}
-    for (runtime, what), own in zip(names, found, strict=True):
-        ratios = [a / b for a, b in zip(dense[runtime], own, strict=True)] if runtime in dense else [float("nan")]
-        known = runtime, what, size, statistics.median(own), min(own), max(own)
-        rows.append(Time(*known, statistics.median(ratios), min(ratios), max(ratios)))
+def _table(rounds: Rounds, size: int) -> list[Time]:
+    rows = []
+    for (runtime, what), own in rounds.items():
+        dense = rounds.get((runtime, DENSE))
+        faster = (None, None, None) if dense is None else _ratio(dense, own)
+        rows.append(Time(runtime, what, size, statistics.median(own), min(own), max(own), *faster))
     return rows
 
 
-def _verdict(times: Sequence[Time], size: int, smaller: float) -> str:
-    """Of our network against the dense one in the runtime where each is fastest, and in the same."""
-    own = [t for t in times if t.batch == size]
-    ours = [t for t in own if t.what == OURS]
-    at = f"at batch {size}"
+def _ratio(dense: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """How many times as fast one is as the dense one: the median over rounds, the lowest and the highest."""
+    ratios = [a / b for a, b in zip(dense, own, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def _verdict(rounds: Rounds, size: int, smaller: float, left: dict[str, str]) -> str:
+    """Of our network against the dense one, each in the runtime where it is fastest. Ours counts only in runtimes that
+    ran both: the dense network may be as fast in another, if it only ran there."""
+    dense = {runtime: own for (runtime, what), own in rounds.items() if what == DENSE}
+    ours = {runtime: own for (runtime, what), own in rounds.items() if what == OURS and runtime in dense}
     if not ours:
-        return f"{at} the dense network and the file's take the same time: nothing in the file runs otherwise"
-    best = max(ours, key=lambda t: t.faster)
-    spread = f"{best.faster:.2f} times ({best.faster_lowest:.2f} to {best.faster_highest:.2f}) the dense one's speed"
-    if best.faster >= FASTER:
-        return f"{at} the file's network has {spread} in {best.runtime}"
-    return f"{at} the file is {smaller:.1f} times smaller, but its network is not faster: {spread} in {best.runtime}"
+        why = "; ".join(f"{what}: {reason}" for what, reason in left.items() if what.startswith((OURS, DENSE)))
+        return (
+            f"at batch {size} no runtime ran both the dense network and the file's, so nothing is said of speed: {why}"
+        )
+    fastest, other = (min(many, key=lambda r, many=many: statistics.median(many[r])) for many in (ours, dense))
+    median, lowest, highest = _ratio(dense[other], ours[fastest])
+    said = f"{median:.2f} times ({lowest:.2f} to {highest:.2f}) the dense one's speed"
+    if other == fastest:
+        said += f", both in {fastest}"
+    else:
+        same = "{:.2f} times ({:.2f} to {:.2f})".format(*_ratio(dense[fastest], ours[fastest]))
+        said += f", ours in {fastest}, the dense one in {other}; {same} where both run in {fastest}"
+    if median >= FASTER and lowest > 1:
+        return f"at batch {size} the file's network has {said}"
+    return f"at batch {size} the file is {smaller:.1f} times smaller, but its network is not faster: {said}"
 
 
 def _networks(artifact: Artifact, model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -162,8 +189,11 @@ def _networks(artifact: Artifact, model: nn.Module) -> tuple[dict[str, nn.Module
     own = fill(copy.deepcopy(model), artifact)
     simulate(own, {})
     before = [type(m) for m in own.modules()]
-    slim(as_chains(own, artifact, chains_of(own, artifact)))
     dense = copy.deepcopy(model).eval()
+    try:
+        slim(as_chains(own, artifact, chains_of(own, artifact)))
+    except Exception as error:  # a network that cannot be made is one line of the result
+        return {DENSE: dense}, {f"{OURS} in torch": _first_line(error)}
     if [type(m) for m in own.modules()] == before:
         return {DENSE: dense}, {f"{OURS} in torch": "it runs the dense network's layers there, in as much time"}
     return {DENSE: dense, OURS: own.eval()}, {}
@@ -180,28 +210,33 @@ def _files(
         with quiet():
             path.write_bytes(graph_of(copy.deepcopy(model).eval(), doubled(data[0])).SerializeToString())
 
+    def quantized(path: Path) -> None:
+        if DENSE not in files:
+            raise UsageError("it begins with the dense network as ONNX, which could not be made")
+        quantize_static(files[DENSE], path, [arrays_of(model, b) for b in data])
+
     def ours(path: Path) -> None:
         if made_for_speed(artifact):
             export_int8(artifact, model, data, path, progress)
         else:
             export_onnx(artifact, model, data[0], path, progress)
 
-    makers: dict[str, Callable[[Path], None]] = {
-        DENSE: dense,
-        OURS: ours,
-        "quantize_static": lambda path: quantize_static(files[DENSE], path, [arrays_of(model, b) for b in data]),
-    }
+    makers: dict[str, Callable[[Path], None]] = {DENSE: dense, OURS: ours, "quantize_static": quantized}
     for what, make in makers.items():
         path = folder / f"{what.replace(' ', '-')}.onnx"
         try:
             make(path)
-        except FeatherweightError as error:
-            left[what] = str(error)
-            if what == DENSE:
-                return {}, {f"{w} in onnxruntime": str(error) for w in makers}
+        except Exception as error:  # a file that cannot be made is one line of the result
+            left[f"{what} as ONNX"] = _first_line(error)
             continue
         files[what] = path
     return files, left
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, and of which type it is where nothing of ours said so."""
+    text = next(iter(str(error).strip().splitlines()), "")[:200]
+    return text if isinstance(error, FeatherweightError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def quantize_static(dense: Path, path: Path, batches: Sequence[Sequence[Any]], ranges: str = "MinMax") -> None:

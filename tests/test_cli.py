@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from featherweight.artifact import read
 from featherweight.cli import main
+from featherweight.proof import replaced
 from tests.nets import tiny
 
 NETS = str(Path(__file__).with_name("nets.py"))
@@ -213,6 +214,28 @@ def test_output_over_the_weights_is_refused(tmp_path, run):
     assert code == 2
     assert "file with the weights" in err
     assert weights.read_bytes() == before
+
+
+def test_compress_is_the_work_of_one_process(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for more in ((), ("--lossless",)):
+        code, _, err = run("compress", MAKE, "--data", DATA, "--bits", 8, "-o", tmp_path / "small.fw", *more)
+        assert code == 2
+        assert "run it without torchrun" in " ".join(err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_write_to_places_of_their_own(tmp_path, monkeypatch):
+    output = tmp_path / "small.fw"
+    with replaced(output) as first:
+        first.write_text("first")
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        with replaced(output) as second:
+            second.write_text("second")
+        assert output.read_text() == "second"
+        assert first.read_text() == "first"
+    assert output.read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["small.fw"]
 
 
 def test_user_code_that_exits_or_prints(tmp_path, run):

@@ -135,6 +135,15 @@ def test_check_refuses_data_that_do_not_fit_and_says_what_came(batch, told):
         check(nn.Linear(2, 3), batch)
 
 
+def test_embeddings_that_get_other_than_whole_numbers_ask_for_data():
+    words = nn.Sequential(nn.Embedding(9, 2), nn.Linear(2, 3))
+    with pytest.raises(UsageError, match=r"embeddings take whole numbers; give --data, not an input shape: \w+Error: "):
+        check(words, Batch((x,), {}))
+    with pytest.raises(UsageError) as told:
+        check(words, Batch((y + 9,), {}))
+    assert "--data" not in str(told.value)
+
+
 def test_device_of_a_network_with_and_without_parameters():
     assert device_of(nn.Linear(2, 2, device="meta")).type == "meta"
     assert device_of(nn.ReLU()).type == "cpu"

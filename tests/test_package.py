@@ -18,7 +18,7 @@ LAYERS = [  # a module imports only from its own line or the lines above
     {"latency", "counting"},
     {"methods"},
     {"artifact"},
-    {"onuse", "chains", "lossless"},
+    {"onuse", "chains", "lossless", "norms"},
     {"repair", "recipe", "target", "database", "sequential"},
     {"solve", "sensitivity"},
     {"sharing"},

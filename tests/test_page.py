@@ -333,11 +333,15 @@ def test_damaged_files_are_refused(tmp_path, run):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_without_jinja_the_install_line_is_printed(made, run, monkeypatch):
+def test_without_jinja_the_install_line_is_printed_before_anything_is_measured(made, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    code, _, err = run("report", made / "small.fw", "-o", made / "never.html")
+    measured = []
+    monkeypatch.setattr("featherweight.commands.reporting.measure", lambda *given: measured.append(given))
+    measuring = "--model", f"{NETS}:tiny", "--test", TEST
+    code, _, err = run("report", made / "small.fw", "-o", made / "never.html", *measuring)
     assert code == 2
     assert "pip install jinja2" in err
+    assert not measured
     assert not (made / "never.html").exists()
 
 

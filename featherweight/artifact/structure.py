@@ -55,6 +55,11 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     return {"kinds": [json.loads(k) for k in kinds], "modules": [kinds.index(_key(d)) for d in found]}
 
 
+def without_structure(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says, without this: a network of any structure fits it."""
+    return {k: v for k, v in about.items() if k != FIELD}
+
+
 def structural_differences(model: nn.Module, about: Mapping[str, Any]) -> list[str]:
     """What a network computes otherwise than the one that was compressed, each with the module's name; empty where
     nothing is, or the file does not say.

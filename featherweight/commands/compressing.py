@@ -18,6 +18,7 @@ from featherweight.console import bars, out, plain_warnings, print_json
 from featherweight.database import Database
 from featherweight.errors import UsageError
 from featherweight.export.fast import MADE_FOR, SPEED
+from featherweight.finetune.ranks import several
 from featherweight.picture import check_front, check_residuals, save_front, save_residuals
 from featherweight.pipeline import compress
 from featherweight.planning import Plan, plan
@@ -98,6 +99,11 @@ def compress_command(
 ) -> None:
     """Compress a network, write the file, read it back in a fresh process and print what came of it."""
     given = {k: v for k, v in locals().items() if k not in ("model", "weights", "output", "lossless", "as_json")}
+    if several():
+        raise UsageError(
+            "compress is the work of one process and torchrun started several: run it without torchrun, or train with "
+            "`featherweight finetune` or, in Python, with fw.admm, which join processes"
+        )
     if lossless:
         pack_checkpoint(model, weights, output, opt.changed(given, compress_command), as_json)
         return

@@ -15,7 +15,7 @@ from torch import nn
 
 from featherweight import options as opt
 from featherweight.artifact import Artifact, read
-from featherweight.artifact.structure import FIELD
+from featherweight.artifact.structure import without_structure
 from featherweight.commands.app import app
 from featherweight.console import bars, out, print_json
 from featherweight.data import Batch, batches
@@ -24,6 +24,7 @@ from featherweight.export.checkpoint import export_checkpoint
 from featherweight.export.fast import export_int8, made_for_speed
 from featherweight.export.onnx import export_onnx
 from featherweight.export.packed import check_folder, export_compressed_tensors
+from featherweight.export.parity import check_installed
 from featherweight.export.program import export_program
 from featherweight.export.result import Export
 from featherweight.export.said import lines_of
@@ -120,6 +121,8 @@ def export_command(
         raise UsageError(f"{output} must end in .onnx, .pt2 or .safetensors, or have no ending, for a folder")
     if smallest and output.suffix != ONNX:
         raise UsageError(f"--smallest is for files that end in {ONNX}, got {output}")
+    if output.suffix == ONNX:
+        check_installed()
     if output.suffix == FOLDER:
         check_folder(output)
     else:
@@ -142,7 +145,7 @@ def export_command(
 
     artifact = read(file)
     if ignore_structure:
-        artifact = replace(artifact, about={k: v for k, v in artifact.about.items() if k != FIELD})
+        artifact = replace(artifact, about=without_structure(artifact.about))
     fast = output.suffix == ONNX and made_for_speed(artifact)
     if fast and smallest:
         raise UsageError(f"{file} was made for speed and becomes int8; leave out --smallest")

@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +12,12 @@ from rich.table import Table
 
 from featherweight import options as opt
 from featherweight.artifact import read
+from featherweight.artifact.structure import without_structure
 from featherweight.commands.app import app
 from featherweight.console import bars, out, plain_warnings, print_json
 from featherweight.data import Batch, batches
 from featherweight.errors import UsageError
+from featherweight.export.parity import check_installed
 from featherweight.synthesis import shape_of
 from featherweight.userland import call, make_model
 
@@ -30,6 +32,7 @@ def bench_command(
     weights: opt.Weights = None,
     data: opt.DataSpec = None,
     input_shape: opt.InputShape = None,
+    ignore_structure: opt.IgnoreStructure = False,
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="samples of a call (repeatable)")] = None,
     threads: Annotated[int, typer.Option(min=1, help="that every runtime computes on")] = 2,
     as_json: opt.Json = False,
@@ -37,11 +40,14 @@ def bench_command(
     """Time the dense network, the file's, and what plain tools make of the dense one, in turns, in one run."""
     from featherweight.race import race
 
+    check_installed()
     if data is not None and input_shape is not None:
         raise UsageError("give --data or --input-shape, not both")
     sizes = list(dict.fromkeys(batch or [1, 32]))
     shape = None if input_shape is None else shape_of(input_shape)
     artifact, before = read(file), torch.get_num_threads()
+    if ignore_structure:
+        artifact = replace(artifact, about=without_structure(artifact.about))
     torch.set_num_threads(threads)
     try:
         with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
@@ -61,8 +67,9 @@ def bench_command(
     for title in ("batch", "ms", "lowest to highest", "times faster", "lowest to highest"):
         table.add_column(title, justify="right", no_wrap=True)
     for t in found.times:
-        spread, ratios = f"{t.lowest:.3f} to {t.highest:.3f}", f"{t.faster_lowest:.2f} to {t.faster_highest:.2f}"
-        table.add_row(t.runtime, t.what, str(t.batch), f"{t.ms:.3f}", spread, f"{t.faster:.2f}", ratios)
+        known = t.faster is not None
+        ratios = (f"{t.faster:.2f}", f"{t.faster_lowest:.2f} to {t.faster_highest:.2f}") if known else ("", "")
+        table.add_row(t.runtime, t.what, str(t.batch), f"{t.ms:.3f}", f"{t.lowest:.3f} to {t.highest:.3f}", *ratios)
     out.print(table, "")
     out.print(*(f"not timed: {what}: {why}" for what, why in found.left.items()), sep="\n", markup=False)
     out.print(*(f"{v[0].upper()}{v[1:]}." for v in found.verdict), sep="\n", markup=False)

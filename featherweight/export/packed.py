@@ -72,7 +72,7 @@ def export_compressed_tensors(
     packed: dict[str, Tensor] = {}
     rows: list[ExportedWeight] = []
     for unit in artifact.units:
-        reason = _refusal(unit, layers)
+        reason = _refusal(unit, layers, network)
         if reason is not None or not isinstance(unit.weight, Grid):
             own = state[unit.names[0]]
             rows.append(
@@ -110,10 +110,11 @@ def export_compressed_tensors(
     return Export(size, tuple(rows), "every tensor, decoded, bit for bit", tuple(notes))
 
 
-def _refusal(unit: StoredUnit, layers: Collection[str]) -> str | None:
+def _refusal(unit: StoredUnit, layers: Collection[str], network: nn.Module) -> str | None:
     """Why a weight cannot stay packed in this format, or None."""
-    if not all(n.endswith(".weight") and n.removesuffix(".weight") in layers for n in unit.names):
-        return "the format holds linear and embedding layers inside a network only"
+    for name in unit.names:
+        if not name.endswith(".weight") or name.removesuffix(".weight") not in layers:
+            return _foreign(network.get_submodule(name.rpartition(".")[0]))
     weight = unit.weight
     if isinstance(weight, Factors):
         return "the format has no factors"
@@ -126,6 +127,22 @@ def _refusal(unit: StoredUnit, layers: Collection[str]) -> str | None:
     if _scheme(weight).group_size is not None and weight.shape[1] % weight.group:
         return f"the format wants groups of one length, and {weight.group} does not divide {weight.shape[1]} columns"
     return None
+
+
+def _foreign(owner: nn.Module) -> str:
+    """Why no weight of this module can stay packed."""
+    match owner:
+        case nn.modules.conv._ConvNd():
+            what = "convolutions are"
+        case nn.RNNBase() | nn.RNNCellBase():
+            what = "recurrent layers are"
+        case nn.MultiheadAttention():
+            what = "the joined projections of nn.MultiheadAttention are"
+        case nn.Linear() | nn.Embedding():
+            return "the format names layers inside a network, and this layer is the whole network"
+        case _:
+            what = f"{type(owner).__name__} is"
+    return f"{what} no part of the format, which has linear and embedding layers"
 
 
 def _scheme(grid: Grid) -> Scheme:

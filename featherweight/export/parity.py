@@ -1,4 +1,5 @@
-"""Whether an ONNX file computes what the network does: run in onnxruntime, and in OpenVINO where it is installed."""
+"""Whether an exported file computes what the network does: ONNX is run in onnxruntime, and in OpenVINO where it is
+installed."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -18,7 +19,10 @@ from featherweight.export.graph import INSTALL, bound, quiet
 TOLERANCE = 1e-4  # of the largest output: float32 sums are taken in other orders
 ROUNDED = 0.1  # the same where inputs are rounded: a last bit decides between two points, and later layers see it
 
-_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # no bf16, no int8 inputs
+_EXACT: dict[str, Any] = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}  # no bf16, no int8 inputs
 
 Runner: TypeAlias = Callable[[Sequence[Any]], list[Any]]
 
@@ -31,6 +35,17 @@ class Parity:
     runtime: str
     samples: int
     difference: float
+
+
+def check_installed() -> None:
+    """Refuse work that ends in ONNX, before it begins, where a package for it is missing.
+
+    Raises:
+        UsageError: one is; the install line.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{INSTALL} (missing: {', '.join(missing)})")
 
 
 def compared(
@@ -48,7 +63,7 @@ def compared(
     found = []
     for example in examples:
         with torch.no_grad(), quiet():
-            expected = [t.detach().cpu().float().numpy() for t in tensors_in(example.run(network))]
+            expected = [t.detach().cpu().double().numpy() for t in tensors_in(example.run(network))]
         for runtime, run in runners.items():
             try:
                 with quiet():
@@ -66,6 +81,21 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
+def away(expected: Any, found: Any) -> Any:
+    """How far every entry of an array of outputs is from the expected one, relative to the largest finite of these: 0
+    where both are NaN or the same infinity, infinite where only one is or they are two.
+
+    >>> away(np.array([2.0, np.nan, -np.inf, 0.0]), np.array([1.0, np.nan, -np.inf, np.inf]))
+    array([0.5, 0. , 0. , inf])
+    """
+    a, b = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    finite = np.isfinite(a) & np.isfinite(b)
+    far = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.inf)
+    with np.errstate(over="ignore"):
+        far[finite] = np.abs(a[finite] - b[finite]) / max(np.abs(a[np.isfinite(a)]).max(initial=0.0), 1e-30)
+    return far
+
+
 def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], tolerance: float) -> float:
     if len(expected) != len(given):
         raise FormatError(f"in {runtime} the exported network has {len(given)} outputs, in torch {len(expected)}")
@@ -75,14 +105,14 @@ def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], tol
             raise FormatError(f"output {k} has shape {b.shape} in {runtime} and {a.shape} in torch")
         if a.size == 0:
             continue
-        scale = max(float(np.abs(a).max()), 1e-30)
-        away = np.abs(a - b.astype(np.float32)) / scale
-        worst = float(np.nan_to_num(away, nan=np.inf).max())
-        if not worst <= tolerance:
-            first = tuple(int(i) for i in np.argwhere(~(away <= tolerance))[0])
+        far = away(a, b)
+        worst = float(far.max())
+        if worst > tolerance:
+            first = tuple(int(i) for i in np.argwhere(far > tolerance)[0])
+            values = f"{float(b[first]):.7g}, in torch {float(a[first]):.7g}"
             raise FormatError(
-                f"the exported network computes something else in {runtime}: output {k} at {first} is {b[first]:.7g}, "
-                f"in torch {a[first]:.7g}; largest difference {worst:.2g} of the largest output, allowed {tolerance:g}"
+                f"the exported network computes something else in {runtime}: output {k} at {first} is {values}; "
+                f"largest difference {worst:.2g} of the largest output, allowed {tolerance:g}"
             )
         largest = max(largest, worst)
     return largest
@@ -108,13 +138,14 @@ def in_onnxruntime(path: Path) -> Runner:
 
 
 def in_openvino(path: Path) -> Runner:
-    """Runs a file with OpenVINO as its operators say: by default it computes in bf16 where the processor can, and
-    rounds inputs of layers whose weights have few bits."""
+    """Runs a file with OpenVINO as its operators say, on as many threads as torch has: by default it computes in bf16
+    where the processor can, and rounds inputs of layers whose weights have few bits."""
     import openvino  # pyright: ignore[reportMissingImports] - optional
 
     try:
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(str(path)), "CPU", _EXACT)
+        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", _EXACT | threads)
     except Exception as error:  # whatever OpenVINO raises
         raise FormatError(
             f"OpenVINO does not load the exported network: {' '.join(str(error).split())[:300]}"

@@ -5,6 +5,7 @@ compression; it is written once more with deflate, which every reader of it unde
 """
 
 import io
+import math
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from featherweight.data import Batch, batches, device_of
 from featherweight.errors import FormatError, UsageError
 from featherweight.export.checkpoint import filled
 from featherweight.export.decoders import Memory, decoder
+from featherweight.export.parity import away
 from featherweight.export.result import Export, ExportedWeight
 from featherweight.onuse import decoding
 from featherweight.proof import check_output, replaced
@@ -163,11 +165,10 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor], output: Pat
     shapes = [[tuple(t.shape) for t in many] for many in (found, expected)]
     if shapes[0] != shapes[1]:
         raise FormatError(f"{output} was not written: its outputs have shapes {shapes[0]}, the network's {shapes[1]}")
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        pair = [t.double().nan_to_num() for t in (a, b.cpu())] if a.numel() else []
-        if pair and (most := float((pair[0] - pair[1]).abs().max())) > 0:
-            worst = max(worst, most / max(float(pair[1].abs().max()), most * 1e-9))
+    far = [away(b.cpu().double().numpy(), a.double().numpy()) for a, b in zip(found, expected, strict=True)]
+    worst = max((float(one.max(initial=0.0)) for one in far), default=0.0)
+    if worst == math.inf:
+        raise FormatError(f"{output} was not written: its outputs are not finite in other places than the network's")
     if worst > TOLERANCE:
         raise FormatError(
             f"{output} was not written: its outputs differ from the network's by {worst:.1e} of the largest, "

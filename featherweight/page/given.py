@@ -15,10 +15,10 @@ from featherweight.allocator import Allocation, Point
 from featherweight.errors import UsageError
 from featherweight.finetune import Trained
 from featherweight.layers import LeftAlone
+from featherweight.race import DENSE, OURS
 from featherweight.repair import Repair
 
 T = TypeVar("T")
-DENSE, OURS = "dense fp32", "ours"  # as `bench` calls them
 
 
 @final

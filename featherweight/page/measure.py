@@ -82,6 +82,8 @@ def measure(
     metric: str | None,
     batch_size: int,
     progress: Progress,
+    *,
+    ignore_structure: bool = False,
 ) -> Measured:
     """Measure the dense network that `model` makes, the file, and the plain ways.
 
@@ -91,11 +93,12 @@ def measure(
     steps = 6
     progress("measure", 0, steps)
     dense = make_model(model, weights)
-    fill(copy.deepcopy(dense), artifact)  # refuses what does not fit
+    fill(copy.deepcopy(dense), artifact, ignore_structure=ignore_structure)  # refuses what does not fit
     measured = meter(test, metric, batch_size)
     before = measured(dense)
     progress("measure", 1, steps)
-    after = prove(file, artifact.digest(), model, weights, test, metric, batch_size)["metrics"]
+    own = file, artifact.digest(), model, weights, test, metric, batch_size
+    after = prove(*own, ignore_structure=ignore_structure)["metrics"]
     progress("measure", 2, steps)
     plain = {}
     for i, (name, store) in enumerate((("half", _half), ("int8", stored_in(8)), ("int4", stored_in(4)))):

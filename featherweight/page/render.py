@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.util
 import json
 import re
 import unicodedata
@@ -160,11 +161,20 @@ def _largest(facts: Facts) -> list[Any]:
     return [facts.layers[i] for i in sorted(order)]
 
 
+def check_installed() -> None:
+    """Refuse a report before anything is measured for it.
+
+    Raises:
+        UsageError: jinja2 is not installed.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        raise UsageError("a report needs jinja2: pip install jinja2")
+
+
 def _environment(escaping: bool) -> Any:
-    try:
-        import jinja2
-    except ImportError:
-        raise UsageError("a report needs jinja2: pip install jinja2") from None
+    check_installed()
+    import jinja2
+
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=escaping,

@@ -253,6 +253,20 @@ def test_another_norm_at_the_same_place_is_refused(net):
     assert "not in the network: bn.running_mean, bn.running_var" in unchanged(other, stored(net))
 
 
+def test_a_norm_that_is_missing_is_named(net):
+    other = Plain()
+    other.bn = nn.Identity()
+    assert "not in the network: bn.weight, bn.bias, bn.running_mean, bn.running_var" in unchanged(other, stored(net))
+    del other.bn
+    assert "not in the network: bn.weight" in unchanged(other, stored(net))
+
+
+def test_a_module_without_eps_in_a_norms_place_is_named(net):
+    other = Plain()
+    del other.bn.eps
+    assert "bn.eps is missing in the network and 0.001 in the file" in unchanged(other, stored(net))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [("precise", torch.int64), ("steps", torch.bool), ("head.bias", torch.int8)]
 )

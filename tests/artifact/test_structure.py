@@ -2,7 +2,9 @@
 
 import copy
 import json
+import sys
 import zlib
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from featherweight.artifact import Artifact, fill
 from featherweight.artifact.structure import structural_differences, structure_of
 from featherweight.errors import FormatError, UsageError
 from featherweight.methods import GridSpec, Rtn
+from featherweight.proof import prove
+from featherweight.race import Race
 
 
 class Net(nn.Module):
@@ -180,14 +184,54 @@ def test_it_takes_few_bytes_and_depends_on_the_network_alone():
     assert len(zlib.compress(json.dumps(said, separators=(",", ":")).encode(), 9)) < 100
 
 
-def test_the_command_names_it_and_goes_round_it(file, run, tmp_path):
+@pytest.fixture
+def other(tmp_path):
     (tmp_path / "net.py").write_text(
         "import torch\nfrom tests.artifact.test_structure import made\n"
         "def make(): return made(stride=1)\n"
         "def test(): return torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long)\n"
     )
-    words = "evaluate", file, "--model", f"{tmp_path}/net.py:make", "--data", f"{tmp_path}/net.py:test"
+    return f"{tmp_path}/net.py:make", f"{tmp_path}/net.py:test"
+
+
+def test_the_command_names_it_and_goes_round_it(file, other, run):
+    words = "evaluate", file, "--model", other[0], "--data", other[1]
     code, _, err = run(*words)
     assert code == 2
     assert "conv.stride is 1 in the network and 2 in the file" in " ".join(err.split())
     assert run(*words, "--ignore-structure")[0] == 0
+
+
+def test_bench_goes_round_it(file, other, run, monkeypatch):
+    def race(artifact, model, *_given):
+        fill(model, artifact)
+        return Race((), {}, ())
+
+    monkeypatch.setattr("featherweight.race.race", race)
+    words = "bench", file, "--model", other[0], "--data", other[1], "--batch", 1, "--json"
+    assert run(*words)[0] == 2
+    assert run(*words, "--ignore-structure")[0] == 0
+
+
+def test_report_goes_round_it(file, other, run, monkeypatch, tmp_path):
+    def prove(*_given, ignore_structure):
+        assert ignore_structure
+        return {"metrics": {"top1": 0.0}}
+
+    monkeypatch.setattr(sys.modules["featherweight.page.measure"], "prove", prove)  # page.measure is the function
+    words = "report", file, "-o", tmp_path / "page.html", "--model", other[0], "--test", other[1]
+    assert run(*words)[0] == 2
+    assert run(*words, "--ignore-structure")[0] == 0
+    assert run("report", file, "-o", tmp_path / "page.html", "--ignore-structure")[0] == 2
+
+
+def test_the_fresh_process_is_told(file, monkeypatch):
+    asked = []
+
+    def start(command, **_more):
+        asked.extend(command)
+        return CompletedProcess(command, 0, json.dumps({"digest": "d", "metrics": {}}), "")
+
+    monkeypatch.setattr("featherweight.proof.subprocess.run", start)
+    prove(file, "d", "net.py:make", None, "net.py:test", None, 8, ignore_structure=True)
+    assert "--ignore-structure" in asked

@@ -1,6 +1,7 @@
 """`featherweight export` of programs and checkpoints, which need nothing but torch and safetensors."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 import featherweight as fw
 from featherweight.cli import main
 from featherweight.demo import digits
+from tests.nets import sentences, words
 
 MODEL = f"{digits.__name__}:make"
 EXAMPLE = "--input-shape", "1,8,8"
@@ -70,6 +72,26 @@ def test_wrong_requests_are_one_line(small, tmp_path, capsys, name, more, messag
     assert message in " ".join(said.split())
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnxruntime_nothing_begins(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run(small, tmp_path / "small.onnx", "--model", "nowhere.py:make", *EXAMPLE) == 2
+    assert "pip install onnx onnxscript onnxruntime (missing: onnxruntime)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_input_shape_for_words_asks_for_data(tmp_path, capsys):
+    fw.compress(words(), sentences(), method=fw.Rtn(fw.GridSpec(4))).save(tmp_path / "small.fw")
+    given = "--model", "tests.nets:words", "--input-shape", "7"
+    for command in (
+        ("compress", "tests.nets:words", "-o", tmp_path / "other.fw", "--input-shape", "7"),
+        ("export", tmp_path / "small.fw", tmp_path / "small.pt2", *given),
+        ("bench", tmp_path / "small.fw", *given),
+    ):
+        assert main([str(word) for word in command]) == 2, command
+        said = " ".join(capsys.readouterr().err.split())
+        assert "its embeddings take whole numbers; give --data, not an input shape: " in said
+    assert [p.name for p in tmp_path.iterdir()] == ["small.fw"]
 
 
 def test_another_structure_needs_the_word(small, tmp_path, capsys):

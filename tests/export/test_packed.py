@@ -98,7 +98,8 @@ def test_grids_stay_packed(settings, scheme, tmp_path):
     assert said["ignore"] == []
     rows = {w.name: w for w in done.weights}
     assert rows["out.weight"].note == "embedding.weight again: the format ties no packed weights"
-    assert rows["lstm.weight_ih_l0"].note == "the format holds linear and embedding layers inside a network only"
+    assert rows["lstm.weight_ih_l0"].note.startswith("recurrent layers are no part of the format")
+    assert rows["attention.in_proj_weight"].note.startswith("the joined projections of nn.MultiheadAttention are no")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,19 @@ def test_what_does_not_fit_is_dense_and_named(settings, reason, tmp_path):
     assert reason in next(w.note for w in done.weights if w.name == "embedding.weight")
     assert "no layer fits" in " ".join(done.notes)
     assert "embedding.weight" in tensors
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "reason"),
+    [
+        (nn.Sequential(nn.Conv1d(4, 4, 3)), (4, 9), "convolutions are no part of the format"),
+        (nn.Linear(4, 4), (4,), "this layer is the whole network"),
+    ],
+)
+def test_layers_that_the_format_has_not_are_named(net, shape, reason, tmp_path):
+    artifact = fw.compress(net.eval(), torch.randn(8, *shape), recipe=recipe_of(SETTINGS["grid"])).artifact
+    done = fw.export_compressed_tensors(artifact, net, tmp_path / "out")
+    assert reason in done.weights[0].note
 
 
 def test_it_is_small(tmp_path):
