@@ -21,7 +21,7 @@ from featherweight.errors import UsageError
 from featherweight.export.codes import Codes, codes_of
 from featherweight.export.narrow import FOURS, narrow
 from featherweight.export.ranges import Fitted, fitted
-from featherweight.export.structure import WEIGHTED, Structure, attribute, computable, structure, tidied
+from featherweight.export.structure import WEIGHTED, Structure, attribute, structure, tidied
 
 LARGEST = 2.0**30  # of a bias in steps: int32 leaves as much again for the sum
 
@@ -70,7 +70,7 @@ def _codes(
 ) -> tuple[list[NodeProto], dict[str, Codes], dict[str, StoredUnit]]:
     """The nodes with weights in int8, these weights, and the file's units; both by name."""
     units = {} if artifact is None else {name: u for u in artifact.units for name in u.names}
-    weighted = [n for n in graph.nodes if n.op_type in WEIGHTED and computable(n, graph.constants)]
+    weighted = [n for n in graph.nodes if n.op_type in WEIGHTED and graph.computes(n)]
     return weighted, {n.input[1]: codes_of(n, graph.constants[n.input[1]], units) for n in weighted}, units
 
 
@@ -91,7 +91,7 @@ class _Writer:
         for node in graph.nodes:
             if node.output[0] in graph.cut:
                 continue
-            if computable(node, graph.constants):
+            if graph.computes(node):
                 self._computed(node)
             elif node.output[0] in graph.rounded and graph.rounded[node.output[0]] != node.output[0]:
                 self._moved(node)

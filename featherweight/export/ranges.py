@@ -136,7 +136,11 @@ def _sampled(values: Sequence[np.ndarray]) -> np.ndarray:
 def _run(
     graph: Structure, node: NodeProto, stream: Stream, instead: Mapping[str, np.ndarray], bias: np.ndarray | None
 ) -> Stream:
-    """The outputs of one node for every batch, with other constants where they are given."""
+    """The outputs of one node for every batch, with other constants where they are given.
+
+    Raises:
+        UsageError: onnxruntime does not run it.
+    """
     fixed = {n: instead.get(n, graph.constants[n]) for n in node.input if n in graph.constants}
     fed = [n for n in dict.fromkeys(node.input) if n and n not in fixed]
     inputs = [helper.make_tensor_value_info(n, _type(stream[n][0]), None) for n in fed]
@@ -145,7 +149,11 @@ def _run(
     one = helper.make_graph([node], "one", inputs, outputs, kept)
     model = helper.make_model(one, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
     session = session_of(model.SerializeToString())
-    found = [session.run(None, {n: stream[n][i] for n in fed}) for i in range(len(next(iter(stream.values()))))]
+    batches = [{n: stream[n][i] for n in fed} for i in range(len(next(iter(stream.values()))))]
+    try:
+        found = [session.run(None, batch) for batch in batches]
+    except Exception as error:  # its exceptions have no common class of their own
+        raise UsageError(f"onnxruntime does not run {node.op_type} '{node.name}': {_line(error)}") from error
     return {name: [np.asarray(batch[k]) for batch in found] for k, name in enumerate(node.output)}
 
 
@@ -162,10 +170,14 @@ def session_of(model: bytes, threads: int | None = None, optimized: bool = True)
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own
-        raise UsageError(f"onnxruntime does not take the graph: {error}") from error
+        raise UsageError(f"onnxruntime does not take the graph: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -231,3 +231,49 @@ def test_norms_that_torch_leaves_in_the_graph_are_folded():
         for m in (model, folded)
     )
     assert np.abs(one - two).max() < 1e-5
+
+
+class Speech(nn.Module):
+    """An embedding, recurrent layers of two directions, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 8), nn.Linear(12, 5)
+        self.lstm = nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True)
+
+    def forward(self, ids):
+        return self.head(self.lstm(self.embedding(ids))[0].mean(1))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(8, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0].mean(1))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.layer(x).mean(1))
+
+
+@pytest.mark.parametrize("make", [Speech, Gated, Attending])
+def test_shapes_that_a_graph_computes_stay_whole_numbers(make, tmp_path):
+    torch.manual_seed(0)
+    net, x = make().eval(), torch.randint(11, (32, 7)) if make is Speech else torch.randn(32, 7, 8)
+    found = export_int8(small(lambda: net, x), net, batches(x), tmp_path / "int8.onnx", QUIET)
+    assert found.weights >= 1
+    assert found.difference < 0.05
+
+
+def test_a_node_that_cannot_run_is_an_error_in_one_line():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Flatten(), nn.Linear(3, 2)).eval()
+    proto = graph_of(net, Batch((torch.zeros(2, 4),), {}))
+    with pytest.raises(UsageError, match=r"^onnxruntime does not run Gemm '.*': .*$"):
+        int8_graph(proto, None, feeds(proto, torch.zeros(8, 5)))
