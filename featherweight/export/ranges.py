@@ -145,7 +145,7 @@ def _run(
     fed = [n for n in dict.fromkeys(node.input) if n and n not in fixed]
     inputs = [helper.make_tensor_value_info(n, _type(stream[n][0]), None) for n in fed]
     outputs = [helper.make_empty_tensor_value_info(n) for n in node.output]
-    kept = [numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in fixed.items()]
+    kept = [numpy_helper.from_array(np.asarray(v, order="C"), n) for n, v in fixed.items()]
     one = helper.make_graph([node], "one", inputs, outputs, kept)
     model = helper.make_model(one, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
     session = session_of(model.SerializeToString())

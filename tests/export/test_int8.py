@@ -263,10 +263,28 @@ class Attending(nn.Module):
         return self.head(self.layer(x).mean(1))
 
 
-@pytest.mark.parametrize("make", [Speech, Gated, Attending])
+class Patches(nn.Module):
+    """A transformer of image patches, of which the first token goes to the head: a Gather by a number, not a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.layer = nn.Conv2d(3, 8, 4, 4), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.first, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], 1) + self.places
+        return self.head(self.layer(x)[:, 0])
+
+
+INPUTS = {Speech: lambda: torch.randint(11, (32, 7)), Patches: lambda: torch.randn(32, 3, 8, 8)}
+
+
+@pytest.mark.parametrize("make", [Speech, Gated, Attending, Patches])
 def test_shapes_that_a_graph_computes_stay_whole_numbers(make, tmp_path):
     torch.manual_seed(0)
-    net, x = make().eval(), torch.randint(11, (32, 7)) if make is Speech else torch.randn(32, 7, 8)
+    net, x = make().eval(), INPUTS.get(make, lambda: torch.randn(32, 7, 8))()
     found = export_int8(small(lambda: net, x), net, batches(x), tmp_path / "int8.onnx", QUIET)
     assert found.weights >= 1
     assert found.difference < 0.05

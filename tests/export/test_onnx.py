@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
 from featherweight.export import onnx as exporting
 from featherweight.export.parity import in_onnxruntime
+from featherweight.export.passes import Graph
 from featherweight.recipe import recipe_of
 from tests import nets
 
@@ -238,6 +240,14 @@ def test_missing_packages_print_the_install_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UsageError, match=r"pip install onnx onnxscript onnxruntime"):
         exported(nets.tiny(), {"method": "rtn", "bits": 8}, example("tiny"), tmp_path / "net.onnx")
+
+
+def test_a_constant_that_is_a_number_stays_one():
+    graph = Graph(onnx.GraphProto())
+    graph.put("one", np.array(3.0, np.float32))
+    graph.put("turned", np.arange(6.0).reshape(2, 3).T)
+    assert graph.array("one").shape == ()
+    assert graph.array("turned").tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 @pytest.fixture
