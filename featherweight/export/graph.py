@@ -20,6 +20,7 @@ from featherweight.data import Batch
 from featherweight.errors import UsageError
 
 INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime"
+CONSTANT = "torch takes it for a constant"  # why a batch size is fixed in the exported graph
 SMALLEST = 2  # samples of an example: torch takes a first dimension of 1 for a fixed one
 FIRST_OPSET = 20  # what torch's exporter writes without converting
 _TRAINING_ONLY = ".num_batches_tracked"
@@ -175,6 +176,11 @@ def dynamic(model: Any) -> bool:
     """Whether the first dimension of some input of an `onnx.ModelProto` is dynamic."""
     dims = [i.type.tensor_type.shape.dim for i in model.graph.input]
     return any(d and d[0].dim_param for d in dims)
+
+
+def fixed_note(size: int, reason: str) -> str:
+    """What is said of a graph that takes batches of one size only."""
+    return f"the batch size is fixed at {size}: {reason}"
 
 
 def fix_batch(model: Any, size: int) -> None:

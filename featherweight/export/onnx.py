@@ -20,6 +20,7 @@ from featherweight.data import Batch, batches
 from featherweight.errors import FormatError, UsageError
 from featherweight.export.forms import Place, permuted, written
 from featherweight.export.graph import (
+    CONSTANT,
     FIRST_OPSET,
     INSTALL,
     converted,
@@ -28,6 +29,7 @@ from featherweight.export.graph import (
     few,
     first,
     fix_batch,
+    fixed_note,
     graph_of,
 )
 from featherweight.export.links import Turn, linked
@@ -128,7 +130,7 @@ def export_onnx(
 
         progress("export", 2, 3)
         parity = checked(example)
-        reason = "torch takes it for a constant"
+        reason = CONSTANT
         if dynamic(proto):
             try:
                 parity += checked(first(example))
@@ -137,7 +139,7 @@ def export_onnx(
                 fix_batch(proto, example.size)
                 parity = checked(example)
         if not dynamic(proto):
-            notes.append(f"the batch size is fixed at {example.size}: {reason}")
+            notes.append(fixed_note(example.size, reason))
         progress("export", 3, 3)
     kinds = dict(sorted(Counter(n.op_type for n in proto.graph.node).items()))
     size = os.path.getsize(path)
