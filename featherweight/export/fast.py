@@ -17,7 +17,17 @@ from featherweight.chains import as_chains, chains_of
 from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
 from featherweight.export.alike import alike, alike_alone
-from featherweight.export.graph import CONSTANT, INSTALL, doubled, dynamic, first, fix_batch, fixed_note, graph_of
+from featherweight.export.graph import (
+    CONSTANT,
+    INSTALL,
+    check_float32,
+    doubled,
+    dynamic,
+    first,
+    fix_batch,
+    fixed_note,
+    graph_of,
+)
 from featherweight.export.parity import ROUNDED, arrays_of, compared, in_onnxruntime
 from featherweight.proof import replaced
 from featherweight.solve import Progress
@@ -64,10 +74,11 @@ def export_int8(
         data: calibration data; the first SAMPLES samples are used, and what is written is compared on them, too.
 
     Raises:
-        UsageError: the file does not fit the network, torch cannot export it, nothing in it can be int8, or a package
-            is missing.
+        UsageError: the file does not fit the network, the network is not in float32, torch cannot export it, nothing
+            in it can be int8, or a package is missing.
         FormatError: what was written computes something else; no file is left.
     """
+    check_float32(model)
     network = fill(copy.deepcopy(model), artifact)
     used = _first(data, SAMPLES)
     proto, used, codes, reason = _graph(artifact, network, used, progress)

@@ -70,6 +70,20 @@ def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset
     return converted(proto, opset) if opset > FIRST_OPSET else proto
 
 
+def check_float32(model: nn.Module) -> None:
+    """Refuse a network in another type than the one that weights are decoded to.
+
+    Raises:
+        UsageError: it is in another one.
+    """
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            own = str(tensor.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"ONNX files are written in float32, and '{name}' is {own}: export model.float(), with data in float32"
+            )
+
+
 def converted(proto: Any, opset: int) -> Any:
     """The same model with the operators of a later set.
 

@@ -23,6 +23,7 @@ from featherweight.export.graph import (
     CONSTANT,
     FIRST_OPSET,
     INSTALL,
+    check_float32,
     converted,
     doubled,
     dynamic,
@@ -101,7 +102,8 @@ def export_onnx(
             unpack it on loading, and have no integers of these types then.
 
     Raises:
-        UsageError: the file does not fit the network, torch cannot export it, or a package is missing.
+        UsageError: the file does not fit the network, the network is not in float32, torch cannot export it, or a
+            package is missing.
         FormatError: the .fw file is damaged, or what was written computes something else; no file is left.
     """
     try:
@@ -109,6 +111,7 @@ def export_onnx(
     except ImportError as error:
         raise UsageError(f"{INSTALL} ({error})") from error
     found = artifact if isinstance(artifact, Artifact) else read(Path(artifact))
+    check_float32(model)
     network = fill(copy.deepcopy(model), found)
     progress("export", 0, 3)
     batch = example if isinstance(example, Batch) else batches(example, MOST)[0]

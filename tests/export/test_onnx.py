@@ -14,6 +14,7 @@ from featherweight.artifact import fill
 from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
 from featherweight.export import onnx as exporting
+from featherweight.export.fast import export_int8
 from featherweight.export.parity import in_onnxruntime
 from featherweight.export.passes import Graph
 from featherweight.recipe import recipe_of
@@ -234,6 +235,17 @@ class Branching(nn.Module):
 def test_what_torch_cannot_export_is_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match="torch cannot export Branching to ONNX: "):
         exported(Branching().eval(), {"method": "rtn", "bits": 8}, torch.randn(3, 4), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_than_float32_are_refused_and_float_helps(dtype, tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 3)).to(dtype).eval(), torch.randn(3, 4)
+    artifact = fw.compress(net, x.to(dtype), recipe=recipe_of({"method": "rtn", "bits": 8})).artifact
+    for export in (fw.export_onnx, lambda *given: export_int8(*given, lambda *_: None)):
+        with pytest.raises(UsageError, match=r"'0.weight' is float(16|64): export model.float\(\)"):
+            export(artifact, net, [Batch((x.to(dtype),), {})], tmp_path / "net.onnx")
+    assert fw.export_onnx(artifact, net.float(), Batch((x,), {}), tmp_path / "net.onnx").left == {}
 
 
 def test_missing_packages_print_the_install_line(tmp_path, monkeypatch):
