@@ -84,6 +84,7 @@ def _int8(data: str | None) -> Writer:
         same = "" if found.same is None else f"{found.same:.1%} the same class, "
         return found.facts(), [
             f"int8: {found.weights} weights, {found.exact} of them with the file's codes; {nodes}",
+            *(Text(f"{name}: {reason}", style="yellow") for name, reason in found.left.items()),
             *(Text(note, style="yellow") for note in found.notes),
             f"onnxruntime against torch on {found.samples} samples: {same}"
             f"outputs {found.difference:.2%} of their root mean square away",

@@ -43,7 +43,8 @@ class Fast:
     """What was written. bytes: of the ONNX file. operators: how many of each. exact: weights whose codes are the
     file's; weights: all that are int8. difference: of outputs in onnxruntime and in torch, root mean square, relative
     to torch's, that of the worst output. same: share of the samples whose largest entry is the same one, in the first
-    output of floats with two or more dimensions; None where there is none. notes: what the user should know."""
+    output of floats with two or more dimensions; None where there is none. left: the file's weights that are float32,
+    and why. notes: what the user should know."""
 
     path: str
     bytes: int
@@ -53,6 +54,7 @@ class Fast:
     difference: float
     same: float | None
     samples: int
+    left: dict[str, str]
     notes: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def export_int8(
     check_float32(model)
     network = fill(copy.deepcopy(model), artifact)
     used = _first(data, SAMPLES)
-    proto, used, codes, reason = _graph(artifact, network, used, progress)
+    proto, used, (codes, left), reason = _graph(artifact, network, used, progress)
     notes = [] if reason is None else [fixed_note(used[0].size, reason)]
     with replaced(Path(path)) as place:
         place.write_bytes(proto.SerializeToString(deterministic=True))
@@ -92,15 +94,16 @@ def export_int8(
     operators = dict(sorted(Counter(n.op_type for n in proto.graph.node).items()))
     size, count = os.path.getsize(path), sum(b.size for b in used)
     exact = sum(c.exact for c in codes.values())
-    return Fast(str(path), size, operators, len(codes), exact, found.difference, found.same, count, tuple(notes))
+    return Fast(str(path), size, operators, len(codes), exact, found.difference, found.same, count, left, tuple(notes))
 
 
 def _graph(
     artifact: Artifact, network: nn.Module, data: Sequence[Batch], progress: Progress
-) -> tuple[Any, list[Batch], dict[str, Any], str | None]:
-    """The model, the batches that it takes, its weights as codes, and why all batches are of one size, if so."""
+) -> tuple[Any, list[Batch], tuple[dict[str, Any], dict[str, str]], str | None]:
+    """The model, the batches that it takes, its weights as codes and those that are none, and why all batches are of
+    one size, if they are."""
     try:
-        from featherweight.export.int8 import int8_graph, weights_of
+        from featherweight.export.int8 import int8_graph, left_of, weights_of
     except ImportError as error:
         raise UsageError(f"{INSTALL} ({error})") from error
     plain = copy.deepcopy(network)
@@ -113,7 +116,12 @@ def _graph(
         fix_batch(proto, used[0].size)
     names = [i.name for i in proto.graph.input]
     samples = [dict(zip(names, arrays_of(plain, b), strict=True)) for b in used]
-    return int8_graph(proto, artifact, samples, progress), used, weights_of(proto, artifact), reason
+    return (
+        int8_graph(proto, artifact, samples, progress),
+        used,
+        (weights_of(proto, artifact), left_of(proto, artifact)),
+        reason,
+    )
 
 
 def _fixed(proto: Any, network: nn.Module, sample: Batch) -> str | None:

@@ -295,3 +295,29 @@ def test_a_node_that_cannot_run_is_an_error_in_one_line():
     proto = graph_of(net, Batch((torch.zeros(2, 4),), {}))
     with pytest.raises(UsageError, match=r"^onnxruntime does not run Gemm '.*': .*$"):
         int8_graph(proto, None, feeds(proto, torch.zeros(8, 5)))
+
+
+class Tied(nn.Module):
+    """A table that the head reads as well, and a layer that has no int8 form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight, self.up = self.table.weight, nn.ConvTranspose1d(8, 8, 2)
+
+    def forward(self, ids):
+        return self.head(self.up(self.table(ids).transpose(1, 2)).transpose(1, 2))
+
+
+def test_tables_and_turned_matrices_keep_the_codes_of_the_file_and_floats_are_named(tmp_path):
+    torch.manual_seed(0)
+    net, x = Tied().eval(), torch.randint(11, (32, 7))
+    artifact = small(lambda: net, x)
+    found = export_int8(artifact, net, batches(x), tmp_path / "int8.onnx", QUIET)
+    assert found.exact == found.weights == 1
+    assert found.left == {"up.weight": "float32 in the int8 graph: ConvTranspose has no int8 form for it"}
+    written = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    table = next(v for k, v in written.items() if k.endswith("_table"))
+    codes = next(u for u in artifact.units if len(u.names) == 2).weight.codes.numpy().astype(int) - 128
+    assert (table == codes.clip(-128, 127)).all()
+    assert not any(v.dtype == np.float32 and v.shape == (11, 8) for v in written.values())
