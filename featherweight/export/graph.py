@@ -198,8 +198,25 @@ def fixed_note(size: int, reason: str) -> str:
 
 
 def fix_batch(model: Any, size: int) -> None:
-    """Let the dynamic dimensions of inputs and outputs be of this size."""
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_value = size
+    """Let the dynamic dimensions of inputs, and those of outputs that are the same, be of this size."""
+    for dim in _free_dims(model.graph):
+        dim.dim_value = size
+
+
+def name_batch(graph: Any) -> None:
+    """Call the dynamic dimensions of inputs, and those of outputs that are the same, batch; a second one batch_2."""
+    names: dict[str, str] = {}
+    for dim in _free_dims(graph):
+        dim.dim_param = names.setdefault(dim.dim_param, f"batch_{len(names) + 1}" if names else "batch")
+
+
+def _free_dims(graph: Any) -> list[Any]:
+    """The dimensions of inputs and outputs that have an input's own symbol. Those that have another one, 5 times it,
+    say, become unknown, as no name is true of them."""
+    inputs = [d for v in graph.input for d in v.type.tensor_type.shape.dim if d.dim_param]
+    own = {d.dim_param for d in inputs}
+    outputs = [d for v in graph.output for d in v.type.tensor_type.shape.dim if d.dim_param]
+    for dim in outputs:
+        if dim.dim_param not in own:
+            dim.Clear()
+    return inputs + [d for d in outputs if d.dim_param in own]

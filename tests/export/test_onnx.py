@@ -15,6 +15,7 @@ from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
 from featherweight.export import onnx as exporting
 from featherweight.export.fast import export_int8
+from featherweight.export.graph import fix_batch, name_batch
 from featherweight.export.parity import in_onnxruntime
 from featherweight.export.passes import Graph
 from featherweight.recipe import recipe_of
@@ -221,6 +222,25 @@ def test_a_fixed_batch_size_is_told(tmp_path):
     _, found = exported(Fixed().eval(), {"method": "rtn", "bits": 8}, torch.randn(3, 4), tmp_path / "net.onnx")
     assert any("batch size is fixed at 3" in note for note in found.notes)
     assert {p.samples for p in found.parity} == {3}
+
+
+def test_only_the_batch_is_called_so():
+    dims = {"x": ["s1", 4], "z": ["s2"], "y": ["5*s1", 4], "same": ["s1"]}
+    known = {k: onnx.helper.make_tensor_value_info(k, 1, v) for k, v in dims.items()}
+
+    def graph():
+        own = onnx.helper.make_graph([], "g", [known["x"], known["z"]], [known["y"], known["same"]])
+        return onnx.helper.make_model(own)
+
+    def found(model):
+        sides = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.input, *model.graph.output)}
+        return {k: [d.dim_param or d.dim_value for d in own] for k, own in sides.items()}
+
+    named, fixed = graph(), graph()
+    name_batch(named.graph)
+    fix_batch(fixed, 3)
+    assert found(named) == {"x": ["batch", 4], "z": ["batch_2"], "y": [0, 4], "same": ["batch"]}
+    assert found(fixed) == {"x": [3, 4], "z": [3], "y": [0, 4], "same": [3]}
 
 
 class Branching(nn.Module):
