@@ -20,7 +20,7 @@ from featherweight.export.alike import alike, alike_alone
 from featherweight.export.graph import (
     CONSTANT,
     INSTALL,
-    check_float32,
+    check_model,
     doubled,
     dynamic,
     first,
@@ -80,7 +80,7 @@ def export_int8(
             in it can be int8, or a package is missing.
         FormatError: what was written computes something else; no file is left.
     """
-    check_float32(model)
+    check_model(model)
     network = fill(copy.deepcopy(model), artifact)
     used = _first(data, SAMPLES)
     proto, used, (codes, left), reason = _graph(artifact, network, used, progress)

@@ -70,12 +70,16 @@ def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset
     return converted(proto, opset) if opset > FIRST_OPSET else proto
 
 
-def check_float32(model: nn.Module) -> None:
-    """Refuse a network in another type than the one that weights are decoded to.
+def check_model(model: nn.Module) -> None:
+    """Refuse a network in another type than the one that weights are decoded to, and layers that ONNX has not.
 
     Raises:
-        UsageError: it is in another one.
+        UsageError: it is one.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            own = f"'{name}' is an LSTM with projections (proj_size={module.proj_size})"
+            raise UsageError(f"{own}, for which ONNX has no operator: export a .pt2 file")
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             own = str(tensor.dtype).removeprefix("torch.")

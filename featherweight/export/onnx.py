@@ -23,7 +23,7 @@ from featherweight.export.graph import (
     CONSTANT,
     FIRST_OPSET,
     INSTALL,
-    check_float32,
+    check_model,
     converted,
     doubled,
     dynamic,
@@ -111,7 +111,7 @@ def export_onnx(
     except ImportError as error:
         raise UsageError(f"{INSTALL} ({error})") from error
     found = artifact if isinstance(artifact, Artifact) else read(Path(artifact))
-    check_float32(model)
+    check_model(model)
     network = fill(copy.deepcopy(model), found)
     progress("export", 0, 3)
     batch = example if isinstance(example, Batch) else batches(example, MOST)[0]

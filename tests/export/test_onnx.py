@@ -268,6 +268,13 @@ def test_other_types_than_float32_are_refused_and_float_helps(dtype, tmp_path):
     assert fw.export_onnx(artifact, net.float(), Batch((x,), {}), tmp_path / "net.onnx").left == {}
 
 
+def test_an_lstm_with_projections_is_refused_by_name(tmp_path):
+    net = nn.ModuleDict({"speech": nn.LSTM(4, 6, proj_size=3)})
+    for export in (fw.export_onnx, lambda *given: export_int8(*given, lambda *_: None)):
+        with pytest.raises(UsageError, match=r"^'speech' is an LSTM with projections \(proj_size=3\), for which"):
+            export(fw.compress(nn.Linear(4, 3)).artifact, net, [torch.zeros(2, 4)], tmp_path / "net.onnx")
+
+
 def test_missing_packages_print_the_install_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UsageError, match=r"pip install onnx onnxscript onnxruntime"):
