@@ -21,12 +21,14 @@ from featherweight.export.graph import (
     CONSTANT,
     INSTALL,
     check_model,
+    check_size,
     doubled,
     dynamic,
     first,
     fix_batch,
     fixed_note,
     graph_of,
+    name_batch,
 )
 from featherweight.export.parity import ROUNDED, arrays_of, compared, in_onnxruntime
 from featherweight.proof import replaced
@@ -110,18 +112,16 @@ def _graph(
     simulate(plain, {})
     as_chains(plain, artifact, chains_of(plain, artifact))
     proto = graph_of(plain, doubled(data[0]))
+    check_size(proto)
     used, reason = list(data), _fixed(proto, plain, first(data[0]))
     if reason is not None:
         used = [doubled(b) for b in data if b.size == data[0].size]
         fix_batch(proto, used[0].size)
     names = [i.name for i in proto.graph.input]
     samples = [dict(zip(names, arrays_of(plain, b), strict=True)) for b in used]
-    return (
-        int8_graph(proto, artifact, samples, progress),
-        used,
-        (weights_of(proto, artifact), left_of(proto, artifact)),
-        reason,
-    )
+    made = int8_graph(proto, artifact, samples, progress)
+    name_batch(made.graph)
+    return made, used, (weights_of(proto, artifact), left_of(proto, artifact)), reason
 
 
 def _fixed(proto: Any, network: nn.Module, sample: Batch) -> str | None:

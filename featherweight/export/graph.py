@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from featherweight.activations import simulated
 from featherweight.data import Batch
-from featherweight.errors import UsageError
+from featherweight.errors import FormatError, UsageError
 
 INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime"
 CONSTANT = "torch takes it for a constant"  # why a batch size is fixed in the exported graph
+LARGEST = 2**31 - 2**20  # bytes of all constants: protobuf takes less than 2**31, operators included
 SMALLEST = 2  # samples of an example: torch takes a first dimension of 1 for a fixed one
 FIRST_OPSET = 20  # what torch's exporter writes without converting
 _TRAINING_ONLY = ".num_batches_tracked"
@@ -86,6 +87,34 @@ def check_model(model: nn.Module) -> None:
             raise UsageError(
                 f"ONNX files are written in float32, and '{name}' is {own}: export model.float(), with data in float32"
             )
+
+
+def check_graph(proto: Any) -> None:
+    """Refuse a graph that is not one, or that no file can hold.
+
+    Raises:
+        FormatError: it is no valid ONNX.
+        UsageError: it is larger than an ONNX file can be.
+    """
+    import onnx
+
+    check_size(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise FormatError(f"the exported graph is no valid ONNX: {_reason(error)}") from error
+
+
+def check_size(proto: Any) -> None:
+    """Refuse a graph that is larger than an ONNX file can be.
+
+    Raises:
+        UsageError: it is.
+    """
+    size = sum(len(t.raw_data) for t in proto.graph.initializer)
+    if size > LARGEST:
+        what = f"the network takes {size / 1e9:.2f} GB in ONNX, where a file holds {LARGEST / 1e9:.2f} GB at most"
+        raise UsageError(f"{what}: export a .pt2 file")
 
 
 def converted(proto: Any, opset: int) -> Any:

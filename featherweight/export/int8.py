@@ -12,13 +12,14 @@ values do above. What only moves values (reshape, slice, pad, maximum) works on 
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact
 from featherweight.artifact.schema import StoredUnit
 from featherweight.errors import UsageError
 from featherweight.export.codes import Codes, codes_of, table_of
+from featherweight.export.graph import check_graph, check_size
 from featherweight.export.narrow import FOURS, narrow
 from featherweight.export.ranges import Fitted, fitted
 from featherweight.export.structure import WEIGHTED, Structure, attribute, structure, tidied
@@ -42,10 +43,12 @@ def int8_graph(
             and what biases take up. All layers of all samples are in memory for a while.
 
     Raises:
-        UsageError: no sample, nothing in the graph that could be int8, or values that are not finite.
+        UsageError: no sample, nothing in the graph that could be int8, values that are not finite, or a graph that is
+            larger than an ONNX file can be.
     """
     if not samples:
         raise UsageError("int8 needs calibration samples: give --data")
+    check_size(float_model)
     plain = tidied(float_model)
     if not weights_of(plain, artifact):
         raise UsageError("the network has no convolution or linear layer that could be int8")
@@ -275,5 +278,5 @@ class _Writer:
             self.nodes, old.graph.name, list(old.graph.input), list(old.graph.output), list(self.constants.values())
         )
         model = helper.make_model(made, opset_imports=old.opset_import, ir_version=old.ir_version)
-        checker.check_model(model)
+        check_graph(model)
         return model

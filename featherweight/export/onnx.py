@@ -23,6 +23,7 @@ from featherweight.export.graph import (
     CONSTANT,
     FIRST_OPSET,
     INSTALL,
+    check_graph,
     check_model,
     converted,
     doubled,
@@ -102,12 +103,12 @@ def export_onnx(
             unpack it on loading, and have no integers of these types then.
 
     Raises:
-        UsageError: the file does not fit the network, the network is not in float32, torch cannot export it, or a
-            package is missing.
+        UsageError: the file does not fit the network, the network is not in float32, torch cannot export it, it is
+            larger than an ONNX file can be, or a package is missing.
         FormatError: the .fw file is damaged, or what was written computes something else; no file is left.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise UsageError(f"{INSTALL} ({error})") from error
     found = artifact if isinstance(artifact, Artifact) else read(Path(artifact))
@@ -120,7 +121,7 @@ def export_onnx(
         example.run(network)
     proto, rows, left, notes = _built(found, model, example, tight)
     progress("export", 1, 3)
-    onnx.checker.check_model(proto)
+    check_graph(proto)
     opset = proto.opset_import[0].version
     if opset >= TWO_BITS:
         notes.append("OpenVINO does not read 2-bit integers, and was not tried")

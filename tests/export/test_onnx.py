@@ -13,9 +13,11 @@ import featherweight as fw
 from featherweight.artifact import fill
 from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
+from featherweight.export import graph as graphs
 from featherweight.export import onnx as exporting
 from featherweight.export.fast import export_int8
-from featherweight.export.graph import fix_batch, name_batch
+from featherweight.export.graph import check_graph, fix_batch, name_batch
+from featherweight.export.int8 import int8_graph
 from featherweight.export.parity import in_onnxruntime
 from featherweight.export.passes import Graph
 from featherweight.recipe import recipe_of
@@ -273,6 +275,24 @@ def test_an_lstm_with_projections_is_refused_by_name(tmp_path):
     for export in (fw.export_onnx, lambda *given: export_int8(*given, lambda *_: None)):
         with pytest.raises(UsageError, match=r"^'speech' is an LSTM with projections \(proj_size=3\), for which"):
             export(fw.compress(nn.Linear(4, 3)).artifact, net, [torch.zeros(2, 4)], tmp_path / "net.onnx")
+
+
+def test_a_graph_that_is_none_or_too_large_is_an_error_in_one_line(monkeypatch):
+    constant = onnx.numpy_helper.from_array(np.zeros(1000, np.float32), "c")
+    y = onnx.helper.make_tensor_value_info("y", 1, [1000])
+    node = onnx.helper.make_node("Neg", ["c"], ["y"])
+    right, wrong = (
+        onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [y], [constant]))
+        for nodes in ([node], [node] * 2)
+    )
+    check_graph(right)
+    with pytest.raises(FormatError, match=r"^the exported graph is no valid ONNX: ValidationError: .*$"):
+        check_graph(wrong)
+    monkeypatch.setattr(graphs, "LARGEST", 3000)
+    with pytest.raises(UsageError, match=r"takes 0.00 GB in ONNX, .* at most: export a .pt2 file$"):
+        check_graph(right)
+    with pytest.raises(UsageError, match=r"at most: export a .pt2 file$"):
+        int8_graph(right, None, [{}])
 
 
 def test_missing_packages_print_the_install_line(tmp_path, monkeypatch):
