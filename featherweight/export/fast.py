@@ -12,9 +12,9 @@ from typing import Any, final
 from torch import nn
 
 from featherweight.activations import simulate
-from featherweight.artifact import Artifact, fill
+from featherweight.artifact import Artifact, fill, read
 from featherweight.chains import as_chains, chains_of
-from featherweight.data import Batch
+from featherweight.data import Batch, batches
 from featherweight.errors import FormatError, UsageError
 from featherweight.export.alike import alike, alike_alone
 from featherweight.export.graph import (
@@ -36,12 +36,13 @@ from featherweight.solve import Progress
 
 MADE_FOR = "for"  # the entry of a file's `about` that says what it was made for
 SPEED = "speed"
+BATCH = 32  # samples that run at once
 SAMPLES = 256  # that grids are found on, at most
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Fast:
+class Int8Export:
     """What was written. bytes: of the ONNX file. operators: how many of each. exact: weights whose codes are the
     file's; weights: all that are int8. difference: of outputs in onnxruntime and in torch, root mean square, relative
     to torch's, that of the worst output. same: share of the samples whose largest entry is the same one, in the first
@@ -70,12 +71,18 @@ def made_for_speed(artifact: Artifact) -> bool:
 
 
 def export_int8(
-    artifact: Artifact, model: nn.Module, data: Sequence[Batch], path: str | Path, progress: Progress
-) -> Fast:
+    artifact: Artifact | str | Path,
+    model: nn.Module,
+    data: Any,
+    path: str | Path,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> Int8Export:
     """Write a compressed network as an int8 ONNX graph. The model, of the network's class, is not changed.
 
     Args:
-        data: calibration data; the first SAMPLES samples are used, and what is written is compared on them, too.
+        artifact: a .fw file, or its contents.
+        data: calibration data, as `compress` takes them; the first SAMPLES samples are used, and what is written is
+            compared on them, too.
 
     Raises:
         UsageError: the file does not fit the network, the network is not in float32, torch cannot export it, nothing
@@ -83,8 +90,9 @@ def export_int8(
         FormatError: what was written computes something else; no file is left.
     """
     check_model(model)
+    artifact = artifact if isinstance(artifact, Artifact) else read(Path(artifact))
     network = fill(copy.deepcopy(model), artifact)
-    used = _first(data, SAMPLES)
+    used = _first(batches(data, BATCH), SAMPLES)
     proto, used, (codes, left), reason = _graph(artifact, network, used, progress)
     notes = [] if reason is None else [fixed_note(used[0].size, reason)]
     with replaced(Path(path)) as place:
@@ -96,7 +104,9 @@ def export_int8(
     operators = dict(sorted(Counter(n.op_type for n in proto.graph.node).items()))
     size, count = os.path.getsize(path), sum(b.size for b in used)
     exact = sum(c.exact for c in codes.values())
-    return Fast(str(path), size, operators, len(codes), exact, found.difference, found.same, count, left, tuple(notes))
+    return Int8Export(
+        str(path), size, operators, len(codes), exact, found.difference, found.same, count, left, tuple(notes)
+    )
 
 
 def _graph(

@@ -27,14 +27,13 @@ FIRST_OPSET = 20  # what torch's exporter writes without converting
 _TRAINING_ONLY = ".num_batches_tracked"
 
 
-def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset: int = FIRST_OPSET) -> Any:
+def graph_of(model: nn.Module, example: Batch, held: Collection[str] = ()) -> Any:
     """The network in eval mode as an `onnx.ModelProto`: initializers keep the names of the network's tensors, the first
     dimension of the inputs is dynamic where the network allows it. Without `held`, BatchNorms are folded into
     convolutions; the initializers named there are left whole, in float32, and read by the same operators as in torch.
 
     Args:
         example: one call of the network; its samples are repeated where there is only one.
-        opset: 20 or higher.
 
     Raises:
         UsageError: a package is missing, or torch cannot export the network; the first reason is named.
@@ -67,8 +66,7 @@ def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset
             whole.graph.inputs.remove(value)
             value.const_value = tensor
             whole.graph.initializers[name] = value
-    proto = onnx_ir.to_proto(whole)
-    return converted(proto, opset) if opset > FIRST_OPSET else proto
+    return onnx_ir.to_proto(whole)
 
 
 def check_model(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from featherweight.artifact.write import plain_bytes
 from featherweight.chains import ChainRow, as_chains, chains_of
 from featherweight.data import Batch, batches
 from featherweight.errors import FormatError, UsageError
+from featherweight.export.fast import made_for_speed
 from featherweight.export.forms import Place, permuted, written
 from featherweight.export.graph import (
     CONSTANT,
@@ -63,7 +64,7 @@ class Row:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Exported:
+class OnnxExport:
     """What was written. bytes: of the ONNX file; file_bytes: of the .fw file without entropy coding, which ONNX has
     not. left: what is not in its stored form, and why. notes: what the user should know."""
 
@@ -91,7 +92,7 @@ def export_onnx(
     progress: Progress = lambda _stage, _done, _total: None,
     *,
     tight: bool = False,
-) -> Exported:
+) -> OnnxExport:
     """Write a compressed network as an ONNX file, after comparing it with the network.
 
     Args:
@@ -120,6 +121,8 @@ def export_onnx(
     with torch.no_grad():
         example.run(network)
     proto, rows, left, notes = _built(found, model, example, tight)
+    if made_for_speed(found):
+        notes.append("the file was made for speed: export_int8 writes the graph that computes in int8")
     progress("export", 1, 3)
     check_graph(proto)
     opset = proto.opset_import[0].version
@@ -148,7 +151,7 @@ def export_onnx(
     kinds = dict(sorted(Counter(n.op_type for n in proto.graph.node).items()))
     size = os.path.getsize(path)
     before = len(plain_bytes(found))
-    return Exported(str(path), size, before, opset, proto.ir_version, kinds, tuple(rows), parity, left, tuple(notes))
+    return OnnxExport(str(path), size, before, opset, proto.ir_version, kinds, tuple(rows), parity, left, tuple(notes))
 
 
 @final

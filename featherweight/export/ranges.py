@@ -161,15 +161,15 @@ def _type(values: np.ndarray) -> int:
     return int(helper.np_dtype_to_tensor_dtype(values.dtype))
 
 
-def session_of(model: bytes, threads: int | None = None, optimized: bool = True) -> onnxruntime.InferenceSession:
-    """On the CPU, without warnings; torch's number of threads where none is given. optimized: whether onnxruntime may
+def session_of(model: bytes, optimized: bool = True) -> onnxruntime.InferenceSession:
+    """On the CPU, on torch's number of threads, without warnings. optimized: whether onnxruntime may
     change the graph.
 
     Raises:
         UsageError: onnxruntime does not take the graph.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # errors are raised
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -15,7 +15,6 @@ from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
 from featherweight.export import graph as graphs
 from featherweight.export import onnx as exporting
-from featherweight.export.fast import export_int8
 from featherweight.export.graph import check_graph, fix_batch, name_batch
 from featherweight.export.int8 import int8_graph
 from featherweight.export.parity import in_onnxruntime
@@ -264,7 +263,7 @@ def test_other_types_than_float32_are_refused_and_float_helps(dtype, tmp_path):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 3)).to(dtype).eval(), torch.randn(3, 4)
     artifact = fw.compress(net, x.to(dtype), recipe=recipe_of({"method": "rtn", "bits": 8})).artifact
-    for export in (fw.export_onnx, lambda *given: export_int8(*given, lambda *_: None)):
+    for export in (fw.export_onnx, fw.export_int8):
         with pytest.raises(UsageError, match=r"'0.weight' is float(16|64): export model.float\(\)"):
             export(artifact, net, [Batch((x.to(dtype),), {})], tmp_path / "net.onnx")
     assert fw.export_onnx(artifact, net.float(), Batch((x,), {}), tmp_path / "net.onnx").left == {}
@@ -272,7 +271,7 @@ def test_other_types_than_float32_are_refused_and_float_helps(dtype, tmp_path):
 
 def test_an_lstm_with_projections_is_refused_by_name(tmp_path):
     net = nn.ModuleDict({"speech": nn.LSTM(4, 6, proj_size=3)})
-    for export in (fw.export_onnx, lambda *given: export_int8(*given, lambda *_: None)):
+    for export in (fw.export_onnx, fw.export_int8):
         with pytest.raises(UsageError, match=r"^'speech' is an LSTM with projections \(proj_size=3\), for which"):
             export(fw.compress(nn.Linear(4, 3)).artifact, net, [torch.zeros(2, 4)], tmp_path / "net.onnx")
 
@@ -293,6 +292,16 @@ def test_a_graph_that_is_none_or_too_large_is_an_error_in_one_line(monkeypatch):
         check_graph(right)
     with pytest.raises(UsageError, match=r"at most: export a .pt2 file$"):
         int8_graph(right, None, [{}])
+
+
+def test_a_file_made_for_speed_is_told_of_export_int8(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(8, 4)
+    recipe = recipe_of({"method": "rtn", "bits": 8, "activations": 8})
+    fw.compress(net, x, recipe=recipe, about={"for": "speed"}).save(tmp_path / "small.fw")
+    found = fw.export_onnx(tmp_path / "small.fw", net, x, tmp_path / "net.onnx")
+    assert any("export_int8" in note for note in found.notes)
+    assert fw.export_int8(tmp_path / "small.fw", net, x, tmp_path / "int8.onnx").exact == 1
 
 
 def test_missing_packages_print_the_install_line(tmp_path, monkeypatch):
