@@ -5,7 +5,7 @@ from featherweight.activations import ActivationGrid, simulate
 from featherweight.artifact import load
 from featherweight.chains import chained, chains_of, load_chained
 from featherweight.errors import FeatherweightError, FormatError, InfeasibleError, SolveError, UsageError
-from featherweight.export import export_checkpoint, export_compressed_tensors, export_onnx, export_program
+from featherweight.export import export_checkpoint, export_compressed_tensors, export_int8, export_onnx, export_program
 from featherweight.finetune import Finetune, finetune
 from featherweight.layers import scan
 from featherweight.methods import (
@@ -82,6 +82,7 @@ __all__ = [  # noqa: RUF022 - plain order, as sorted() has it
     "compress",
     "export_checkpoint",
     "export_compressed_tensors",
+    "export_int8",
     "export_onnx",
     "export_program",
     "finetune",

@@ -12,7 +12,7 @@ from featherweight.export.fast import SPEED
 from featherweight.finetune import Finetune
 from featherweight.pull import AdmmTraining
 from featherweight.pull.settings import RHO
-from featherweight.recipe import SETTINGS
+from featherweight.recipe import SETTINGS, Recipe
 from featherweight.userland import call
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:function or package.module:function")]
@@ -142,6 +142,18 @@ def for_speed(purpose: str | None, settings: Mapping[str, Any], data: str | None
     if data is None:
         raise UsageError("--for speed finds the ranges of activations on calibration data: give --data")
     return dict(settings) if settings or chosen else {"method": "gptq", "bits": 8}
+
+
+def check_inputs(purpose: str | None, recipe: Recipe) -> None:
+    """Refuse other bits of inputs than those that an int8 graph has.
+
+    Raises:
+        UsageError: a file that is made for speed has some.
+    """
+    given = [recipe.activations, *(o.activations for o in recipe.overrides)]
+    other = [bits for bits in given if bits not in (None, 8)]
+    if purpose == SPEED and other:
+        raise UsageError(f"--for speed rounds inputs to 8 bits, got activations of {other[0]}: give 8, or leave it out")
 
 
 def check_metric(metric: str | None, test: str | None) -> None:

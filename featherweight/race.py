@@ -18,10 +18,10 @@ from featherweight.artifact import Artifact, fill
 from featherweight.chains import as_chains, chains_of
 from featherweight.data import Batch, cut, stacked
 from featherweight.errors import FeatherweightError, UsageError
-from featherweight.export.fast import arrays_of, export_int8, made_for_speed
+from featherweight.export.fast import export_int8, made_for_speed
 from featherweight.export.graph import doubled, graph_of, quiet
 from featherweight.export.onnx import export_onnx
-from featherweight.export.parity import in_onnxruntime, in_openvino
+from featherweight.export.parity import arrays_of, in_onnxruntime, in_openvino
 from featherweight.slim import slim
 from featherweight.solve import Progress
 

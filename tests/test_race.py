@@ -70,13 +70,18 @@ def test_a_file_made_to_be_small_is_timed_as_it_is_exported(run, monkeypatch, tm
     [
         (("--for", "size", "--data", DATA), "--for must be speed"),
         (("--for", "speed"), "give --data"),
+        (("--for", "speed", "--data", DATA, "--activations", "4"), "rounds inputs to 8 bits, got activations of 4"),
+        (("--for", "speed", "--data", DATA, "--recipe", "RECIPE"), "rounds inputs to 8 bits, got activations of 6"),
     ],
 )
 def test_wrong_purposes_are_refused(run, tmp_path, options, said):
-    code, _, err = run("compress", MODEL, *options, "-o", tmp_path / "small.fw")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('method = "rtn"\nbits = 8\n[[override]]\nmatch = "*"\nactivations = 6\n')
+    given = [recipe if o == "RECIPE" else o for o in options]
+    code, _, err = run("compress", MODEL, *given, "-o", tmp_path / "small.fw")
     assert code == 2
     assert said in " ".join(err.split())
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [recipe]
 
 
 def test_bench_needs_inputs(run, fast):

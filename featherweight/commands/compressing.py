@@ -123,6 +123,7 @@ def compress_command(
     if residuals is not None:
         check_residuals(residuals, output)
     chosen = _recipe(settings, goal, recipe, include, exclude, no_repair, activations, sequential)
+    opt.check_inputs(purpose, chosen)
     shape = None if input_shape is None else shape_of(input_shape)
     asked = opt.told(given | {"weights": weights}, compress_command)
     about = {"model": opt.named(model), "tool": f"featherweight {version('featherweight')}", "settings": asked}
@@ -216,6 +217,7 @@ def plan_command(
     if purpose is not None and activations is None and recipe is None:
         activations = ACTIVATIONS
     chosen = _recipe(settings, goal, recipe, include, exclude, False, activations, None)
+    opt.check_inputs(purpose, chosen)
     shape = None if input_shape is None else shape_of(input_shape)
     with bars() as progress, plain_warnings(), redirect_stdout(sys.stderr):
         network = make_model(model, weights)

@@ -82,9 +82,12 @@ def _int8(data: str | None) -> Writer:
     ) -> tuple[dict[str, Any], list[Any]]:
         found = export_int8(artifact, model, batches(call(data), BATCH), output, progress)
         nodes = ", ".join(f"{count} {name}" for name, count in found.operators.items())
+        same = "" if found.same is None else f"{found.same:.1%} the same class, "
         return found.facts(), [
             f"int8: {found.weights} weights, {found.exact} of them with the file's codes; {nodes}",
-            f"onnxruntime against torch on {found.samples} samples: {found.same:.1%} the same class, "
+            *(Text(f"{name}: {reason}", style="yellow") for name, reason in found.left.items()),
+            *(Text(note, style="yellow") for note in found.notes),
+            f"onnxruntime against torch on {found.samples} samples: {same}"
             f"outputs {found.difference:.2%} of their root mean square away",
         ]
 

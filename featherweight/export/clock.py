@@ -12,8 +12,8 @@ from torch import nn
 from featherweight.activations import simulate
 from featherweight.data import Batch, hooked
 from featherweight.errors import UsageError
-from featherweight.export.fast import arrays_of
 from featherweight.export.graph import INSTALL, doubled, graph_of
+from featherweight.export.parity import arrays_of
 from featherweight.latency import SERIES, one_call, shrinkable, timed
 from featherweight.layers import Unit
 

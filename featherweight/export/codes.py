@@ -47,6 +47,12 @@ def codes_of(node: NodeProto, weight: np.ndarray, units: Mapping[str, StoredUnit
     return Codes(np.ascontiguousarray(shaped), scale, axis, found is not None)
 
 
+def table_of(values: np.ndarray, unit: StoredUnit) -> Codes | None:
+    """Of a table of rows that are looked up; None where they are not the file's codes times one scale a row."""
+    found = _of_the_file(values.astype(np.float64), unit) if values.ndim == 2 else None
+    return None if found is None else Codes(*found, 0, True)
+
+
 def _of_the_file(matrix: np.ndarray, unit: StoredUnit) -> tuple[np.ndarray, np.ndarray] | None:
     """The file's codes, 0 where it keeps no weight, and its scales times what BatchNorm multiplies a row by; None where
     the file has no grid with one scale a row, codes beyond int8, or rows that are no multiples of the graph's."""

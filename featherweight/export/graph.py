@@ -17,22 +17,23 @@ from torch import Tensor, nn
 
 from featherweight.activations import simulated
 from featherweight.data import Batch
-from featherweight.errors import UsageError
+from featherweight.errors import FormatError, UsageError
 
 INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime: pip install onnx onnxscript onnxruntime"
+CONSTANT = "torch takes it for a constant"  # why a batch size is fixed in the exported graph
+LARGEST = 2**31 - 2**20  # bytes of all constants: protobuf takes less than 2**31, operators included
 SMALLEST = 2  # samples of an example: torch takes a first dimension of 1 for a fixed one
 FIRST_OPSET = 20  # what torch's exporter writes without converting
 _TRAINING_ONLY = ".num_batches_tracked"
 
 
-def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset: int = FIRST_OPSET) -> Any:
+def graph_of(model: nn.Module, example: Batch, held: Collection[str] = ()) -> Any:
     """The network in eval mode as an `onnx.ModelProto`: initializers keep the names of the network's tensors, the first
     dimension of the inputs is dynamic where the network allows it. Without `held`, BatchNorms are folded into
     convolutions; the initializers named there are left whole, in float32, and read by the same operators as in torch.
 
     Args:
         example: one call of the network; its samples are repeated where there is only one.
-        opset: 20 or higher.
 
     Raises:
         UsageError: a package is missing, or torch cannot export the network; the first reason is named.
@@ -65,8 +66,53 @@ def graph_of(model: nn.Module, example: Batch, held: Collection[str] = (), opset
             whole.graph.inputs.remove(value)
             value.const_value = tensor
             whole.graph.initializers[name] = value
-    proto = onnx_ir.to_proto(whole)
-    return converted(proto, opset) if opset > FIRST_OPSET else proto
+    return onnx_ir.to_proto(whole)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a network in another type than the one that weights are decoded to, and layers that ONNX has not.
+
+    Raises:
+        UsageError: it is one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            own = f"'{name}' is an LSTM with projections (proj_size={module.proj_size})"
+            raise UsageError(f"{own}, for which ONNX has no operator: export a .pt2 file")
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            own = str(tensor.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"ONNX files are written in float32, and '{name}' is {own}: export model.float(), with data in float32"
+            )
+
+
+def check_graph(proto: Any) -> None:
+    """Refuse a graph that is not one, or that no file can hold.
+
+    Raises:
+        FormatError: it is no valid ONNX.
+        UsageError: it is larger than an ONNX file can be.
+    """
+    import onnx
+
+    check_size(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise FormatError(f"the exported graph is no valid ONNX: {_reason(error)}") from error
+
+
+def check_size(proto: Any) -> None:
+    """Refuse a graph that is larger than an ONNX file can be.
+
+    Raises:
+        UsageError: it is.
+    """
+    size = sum(len(t.raw_data) for t in proto.graph.initializer)
+    if size > LARGEST:
+        what = f"the network takes {size / 1e9:.2f} GB in ONNX, where a file holds {LARGEST / 1e9:.2f} GB at most"
+        raise UsageError(f"{what}: export a .pt2 file")
 
 
 def converted(proto: Any, opset: int) -> Any:
@@ -177,9 +223,31 @@ def dynamic(model: Any) -> bool:
     return any(d and d[0].dim_param for d in dims)
 
 
+def fixed_note(size: int, reason: str) -> str:
+    """What is said of a graph that takes batches of one size only."""
+    return f"the batch size is fixed at {size}: {reason}"
+
+
 def fix_batch(model: Any, size: int) -> None:
-    """Let the dynamic dimensions of inputs and outputs be of this size."""
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_value = size
+    """Let the dynamic dimensions of inputs, and those of outputs that are the same, be of this size."""
+    for dim in _free_dims(model.graph):
+        dim.dim_value = size
+
+
+def name_batch(graph: Any) -> None:
+    """Call the dynamic dimensions of inputs, and those of outputs that are the same, batch; a second one batch_2."""
+    names: dict[str, str] = {}
+    for dim in _free_dims(graph):
+        dim.dim_param = names.setdefault(dim.dim_param, f"batch_{len(names) + 1}" if names else "batch")
+
+
+def _free_dims(graph: Any) -> list[Any]:
+    """The dimensions of inputs and outputs that have an input's own symbol. Those that have another one, 5 times it,
+    say, become unknown, as no name is true of them."""
+    inputs = [d for v in graph.input for d in v.type.tensor_type.shape.dim if d.dim_param]
+    own = {d.dim_param for d in inputs}
+    outputs = [d for v in graph.output for d in v.type.tensor_type.shape.dim if d.dim_param]
+    for dim in outputs:
+        if dim.dim_param not in own:
+            dim.Clear()
+    return inputs + [d for d in outputs if d.dim_param in own]

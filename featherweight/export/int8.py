@@ -12,16 +12,17 @@ values do above. What only moves values (reshape, slice, pad, maximum) works on 
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from featherweight.activations import ActivationGrid
 from featherweight.artifact import Artifact
 from featherweight.artifact.schema import StoredUnit
 from featherweight.errors import UsageError
-from featherweight.export.codes import Codes, codes_of
+from featherweight.export.codes import Codes, codes_of, table_of
+from featherweight.export.graph import check_graph, check_size
 from featherweight.export.narrow import FOURS, narrow
 from featherweight.export.ranges import Fitted, fitted
-from featherweight.export.structure import WEIGHTED, Structure, attribute, computable, structure, tidied
+from featherweight.export.structure import WEIGHTED, Structure, attribute, structure, tidied
 
 LARGEST = 2.0**30  # of a bias in steps: int32 leaves as much again for the sum
 
@@ -42,22 +43,25 @@ def int8_graph(
             and what biases take up. All layers of all samples are in memory for a while.
 
     Raises:
-        UsageError: no sample, nothing in the graph that could be int8, or values that are not finite.
+        UsageError: no sample, nothing in the graph that could be int8, values that are not finite, or a graph that is
+            larger than an ONNX file can be.
     """
     if not samples:
         raise UsageError("int8 needs calibration samples: give --data")
+    check_size(float_model)
     plain = tidied(float_model)
     if not weights_of(plain, artifact):
         raise UsageError("the network has no convolution or linear layer that could be int8")
     graph = structure(plain)
     weighted, codes, units = _codes(graph, artifact)
+    tables = _tables(graph, units)
     known: dict[str, ActivationGrid] = {}
     for node in weighted:
         unit = units.get(node.input[1])
         if unit is not None and unit.input is not None and unit.input.bits == 8:
             known.setdefault(graph.rounded[node.input[0]], unit.input)
     found = fitted(graph, codes, known, samples, progress)
-    return narrow(_Writer(graph, codes, found).model())
+    return narrow(_Writer(graph, codes, tables, found).model())
 
 
 def weights_of(float_model: ModelProto, artifact: Artifact | None) -> dict[str, Codes]:
@@ -65,20 +69,63 @@ def weights_of(float_model: ModelProto, artifact: Artifact | None) -> dict[str, 
     return _codes(structure(tidied(float_model)), artifact)[1]
 
 
+def left_of(float_model: ModelProto, artifact: Artifact) -> dict[str, str]:
+    """The file's weights that `int8_graph` writes as float32, by name, and why."""
+    graph = structure(tidied(float_model))
+    weighted, _, units = _codes(graph, artifact)
+    done = {n for node in weighted for n in (node.input[1], *_names(units.get(node.input[1])))}
+    done |= {n for name in _tables(graph, units) for n in (name, *_names(units[name]))}
+    found: dict[str, str] = {}
+    for unit in artifact.units:
+        if not done & set(unit.names):
+            readers = {n.op_type for n in graph.nodes if set(unit.names) & set(n.input)}
+            who = " and ".join(sorted(readers)) or "what reads it"
+            found[unit.names[0]] = f"float32 in the int8 graph: {who} has no int8 form for it"
+    return found
+
+
+def _names(unit: StoredUnit | None) -> tuple[str, ...]:
+    return () if unit is None else unit.names
+
+
+def _tables(graph: Structure, units: Mapping[str, StoredUnit]) -> dict[str, Codes]:
+    """Tables of the file that nothing but Gather reads the rows of, by name, as int8 codes."""
+    found = {}
+    for name in {n.input[0] for n in graph.nodes if n.op_type == "Gather"} & set(graph.constants) & set(units):
+        lookups = [n for n in graph.nodes if name in n.input and n.op_type == "Gather" and not attribute(n, "axis", 0)]
+        codes = table_of(graph.constants[name], units[name]) if lookups else None
+        if codes is not None:
+            found[name] = codes
+    return found
+
+
+def _turned(graph: Structure, weighted: Sequence[NodeProto], artifact: Artifact) -> dict[str, StoredUnit]:
+    """Units of matrices that the exporter wrote turned round, under another name."""
+    matrices = [u for u in artifact.units if len(u.view.shape) == 2]
+    known = {name for u in artifact.units for name in u.names}
+    renamed = [n.input[1] for n in weighted if n.op_type == "MatMul" and n.input[1] not in known]
+    values = {u.tensor().float().numpy().tobytes(): u for u in matrices} if renamed else {}
+    rows = {name: np.ascontiguousarray(graph.constants[name].T).tobytes() for name in renamed}
+    return {name: values[own] for name, own in rows.items() if own in values}
+
+
 def _codes(
     graph: Structure, artifact: Artifact | None
 ) -> tuple[list[NodeProto], dict[str, Codes], dict[str, StoredUnit]]:
     """The nodes with weights in int8, these weights, and the file's units; both by name."""
     units = {} if artifact is None else {name: u for u in artifact.units for name in u.names}
-    weighted = [n for n in graph.nodes if n.op_type in WEIGHTED and computable(n, graph.constants)]
+    weighted = [n for n in graph.nodes if n.op_type in WEIGHTED and graph.computes(n)]
+    units |= {} if artifact is None else _turned(graph, weighted, artifact)
     return weighted, {n.input[1]: codes_of(n, graph.constants[n.input[1]], units) for n in weighted}, units
 
 
 class _Writer:
     """Collects the nodes and initializers of the new graph."""
 
-    def __init__(self, graph: Structure, codes: Mapping[str, Codes], found: Fitted) -> None:
-        self.graph, self.codes, self.found = graph, codes, found
+    def __init__(
+        self, graph: Structure, codes: Mapping[str, Codes], tables: Mapping[str, Codes], found: Fitted
+    ) -> None:
+        self.graph, self.codes, self.tables, self.found = graph, codes, tables, found
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
         self.reads = 0
@@ -91,7 +138,7 @@ class _Writer:
         for node in graph.nodes:
             if node.output[0] in graph.cut:
                 continue
-            if computable(node, graph.constants):
+            if graph.computes(node):
                 self._computed(node)
             elif node.output[0] in graph.rounded and graph.rounded[node.output[0]] != node.output[0]:
                 self._moved(node)
@@ -135,13 +182,32 @@ class _Writer:
     def _plain(self, node: NodeProto) -> None:
         made = NodeProto.FromString(node.SerializeToString())
         made.input[:] = [self._read(n) for n in node.input]
-        for name in node.input:
+        for name in node.input[int(self._looks_up(node)) :]:
             self._keep(name)
         rounded = [n for n in node.output if n in self.graph.rounded]
         made.output[:] = [f"{n}_float" if n in rounded else n for n in node.output]
-        self.nodes.append(made)
+        if self._looks_up(node):
+            self._lookup(made, node.input[0])
+        else:
+            self.nodes.append(made)
         for name in rounded:
             self._round(f"{name}_float", name)
+
+    def _looks_up(self, node: NodeProto) -> bool:
+        return node.op_type == "Gather" and node.input[0] in self.tables and not attribute(node, "axis", 0)
+
+    def _lookup(self, gather: NodeProto, name: str) -> None:
+        """Rows of codes, each times its own scale: no more of the table is decoded than is read."""
+        table, own = self.tables[name], gather.output[0]
+        self._put(f"{name}_table", table.codes)
+        self._put(f"{name}_steps", table.scale[:, None])
+        rows = [gather.input[1], f"{own}_rows", f"{own}_steps", f"{own}_whole"]
+        self.nodes += [
+            helper.make_node("Gather", [f"{name}_table", rows[0]], [rows[1]]),
+            helper.make_node("Gather", [f"{name}_steps", rows[0]], [rows[2]]),
+            helper.make_node("Cast", [rows[1]], [rows[3]], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [rows[3], rows[2]], [own]),
+        ]
 
     def _round(self, source: str, name: str) -> None:
         self.nodes.append(helper.make_node("QuantizeLinear", [source, *self._grid(name)], [f"{name}_codes"]))
@@ -212,5 +278,5 @@ class _Writer:
             self.nodes, old.graph.name, list(old.graph.input), list(old.graph.output), list(self.constants.values())
         )
         model = helper.make_model(made, opset_imports=old.opset_import, ir_version=old.ir_version)
-        checker.check_model(model)
+        check_graph(model)
         return model

@@ -18,16 +18,21 @@ from featherweight.artifact.write import plain_bytes
 from featherweight.chains import ChainRow, as_chains, chains_of
 from featherweight.data import Batch, batches
 from featherweight.errors import FormatError, UsageError
+from featherweight.export.fast import made_for_speed
 from featherweight.export.forms import Place, permuted, written
 from featherweight.export.graph import (
+    CONSTANT,
     FIRST_OPSET,
     INSTALL,
+    check_graph,
+    check_model,
     converted,
     doubled,
     dynamic,
     few,
     first,
     fix_batch,
+    fixed_note,
     graph_of,
 )
 from featherweight.export.links import Turn, linked
@@ -59,7 +64,7 @@ class Row:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Exported:
+class OnnxExport:
     """What was written. bytes: of the ONNX file; file_bytes: of the .fw file without entropy coding, which ONNX has
     not. left: what is not in its stored form, and why. notes: what the user should know."""
 
@@ -87,7 +92,7 @@ def export_onnx(
     progress: Progress = lambda _stage, _done, _total: None,
     *,
     tight: bool = False,
-) -> Exported:
+) -> OnnxExport:
     """Write a compressed network as an ONNX file, after comparing it with the network.
 
     Args:
@@ -99,14 +104,16 @@ def export_onnx(
             unpack it on loading, and have no integers of these types then.
 
     Raises:
-        UsageError: the file does not fit the network, torch cannot export it, or a package is missing.
+        UsageError: the file does not fit the network, the network is not in float32, torch cannot export it, it is
+            larger than an ONNX file can be, or a package is missing.
         FormatError: the .fw file is damaged, or what was written computes something else; no file is left.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise UsageError(f"{INSTALL} ({error})") from error
     found = artifact if isinstance(artifact, Artifact) else read(Path(artifact))
+    check_model(model)
     network = fill(copy.deepcopy(model), found)
     progress("export", 0, 3)
     batch = example if isinstance(example, Batch) else batches(example, MOST)[0]
@@ -114,8 +121,10 @@ def export_onnx(
     with torch.no_grad():
         example.run(network)
     proto, rows, left, notes = _built(found, model, example, tight)
+    if made_for_speed(found):
+        notes.append("the file was made for speed: export_int8 writes the graph that computes in int8")
     progress("export", 1, 3)
-    onnx.checker.check_model(proto)
+    check_graph(proto)
     opset = proto.opset_import[0].version
     if opset >= TWO_BITS:
         notes.append("OpenVINO does not read 2-bit integers, and was not tried")
@@ -128,7 +137,7 @@ def export_onnx(
 
         progress("export", 2, 3)
         parity = checked(example)
-        reason = "torch takes it for a constant"
+        reason = CONSTANT
         if dynamic(proto):
             try:
                 parity += checked(first(example))
@@ -137,12 +146,12 @@ def export_onnx(
                 fix_batch(proto, example.size)
                 parity = checked(example)
         if not dynamic(proto):
-            notes.append(f"the batch size is fixed at {example.size}: {reason}")
+            notes.append(fixed_note(example.size, reason))
         progress("export", 3, 3)
     kinds = dict(sorted(Counter(n.op_type for n in proto.graph.node).items()))
     size = os.path.getsize(path)
     before = len(plain_bytes(found))
-    return Exported(str(path), size, before, opset, proto.ir_version, kinds, tuple(rows), parity, left, tuple(notes))
+    return OnnxExport(str(path), size, before, opset, proto.ir_version, kinds, tuple(rows), parity, left, tuple(notes))
 
 
 @final

@@ -65,15 +65,43 @@ def compared(
         with torch.no_grad(), quiet():
             expected = [t.detach().cpu().double().numpy() for t in tensors_in(example.run(network))]
         for runtime, run in runners.items():
-            try:
-                with quiet():
-                    given = run([t.detach().cpu().numpy() for t in tensors_in(bound(network, example)[0])])
-            except Exception as error:  # whatever a runtime raises
-                what = " ".join(str(error).split())[:300]
-                raise FormatError(f"{runtime} does not run the exported network: {what}") from error
+            given = outputs_of(runtime, run, arrays_of(network, example))
             difference = _difference(runtime, expected, given, tolerance)
             found.append(Parity(runtime, example.size, difference))
     return tuple(found)
+
+
+def arrays_of(model: nn.Module, batch: Batch) -> list[Any]:
+    """A batch as the inputs of the exported graph, in their order."""
+    return [t.detach().cpu().numpy() for t in tensors_in(bound(model, batch)[0])]
+
+
+def outputs_of(runtime: str, run: Runner, arrays: Sequence[Any]) -> list[Any]:
+    """What a runtime computes.
+
+    Raises:
+        FormatError: it does not run.
+    """
+    try:
+        with quiet():
+            return run(arrays)
+    except Exception as error:  # whatever a runtime raises
+        what = " ".join(str(error).split())[:300]
+        raise FormatError(f"{runtime} does not run the exported network: {what}") from error
+
+
+def paired(runtime: str, expected: Sequence[Any], given: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Outputs of torch and of a runtime, each beside its own.
+
+    Raises:
+        FormatError: there are more or fewer, or their shapes differ.
+    """
+    if len(expected) != len(given):
+        raise FormatError(f"in {runtime} the exported network has {len(given)} outputs, in torch {len(expected)}")
+    for k, (a, b) in enumerate(zip(expected, given, strict=True)):
+        if a.shape != b.shape:
+            raise FormatError(f"output {k} has shape {b.shape} in {runtime} and {a.shape} in torch")
+    return list(zip(expected, given, strict=True))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -97,12 +125,8 @@ def away(expected: Any, found: Any) -> Any:
 
 
 def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], tolerance: float) -> float:
-    if len(expected) != len(given):
-        raise FormatError(f"in {runtime} the exported network has {len(given)} outputs, in torch {len(expected)}")
     largest = 0.0
-    for k, (a, b) in enumerate(zip(expected, given, strict=True)):
-        if a.shape != b.shape:
-            raise FormatError(f"output {k} has shape {b.shape} in {runtime} and {a.shape} in torch")
+    for k, (a, b) in enumerate(paired(runtime, expected, given)):
         if a.size == 0:
             continue
         far = away(a, b)

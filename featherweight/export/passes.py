@@ -44,7 +44,7 @@ class Graph:
         """A new constant, or another value of one."""
         from onnx import numpy_helper
 
-        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)
         if name in self.constants:
             self.constants[name].CopyFrom(tensor)
             return

@@ -26,7 +26,7 @@ from featherweight.data import Batch, batches, device_of
 from featherweight.errors import FormatError, UsageError
 from featherweight.export.checkpoint import filled
 from featherweight.export.decoders import Memory, decoder
-from featherweight.export.parity import away
+from featherweight.export.parity import away, tensors_in
 from featherweight.export.result import Export, ExportedWeight
 from featherweight.onuse import decoding
 from featherweight.proof import check_output, replaced
@@ -66,7 +66,7 @@ def export_program(
     batch = (example if isinstance(example, Batch) else batches(example)[0]).to(device_of(network))
     inputs = [_first(batch, count) for count in (2, 3, 1)]
     with torch.no_grad():
-        expected = [_tensors_of(one.run(network)) for one in inputs]
+        expected = [tensors_in(one.run(network)) for one in inputs]
     progress("export", 1, 3)
     rows, exported = traced(artifact, network, inputs[0])
     whole = _any_number(exported)
@@ -150,10 +150,6 @@ with torch.no_grad():
         outputs.append([t for t in leaves if isinstance(t, torch.Tensor)])
 torch.save(outputs, found)
 """
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor], output: Path) -> float:

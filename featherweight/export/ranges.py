@@ -136,16 +136,24 @@ def _sampled(values: Sequence[np.ndarray]) -> np.ndarray:
 def _run(
     graph: Structure, node: NodeProto, stream: Stream, instead: Mapping[str, np.ndarray], bias: np.ndarray | None
 ) -> Stream:
-    """The outputs of one node for every batch, with other constants where they are given."""
+    """The outputs of one node for every batch, with other constants where they are given.
+
+    Raises:
+        UsageError: onnxruntime does not run it.
+    """
     fixed = {n: instead.get(n, graph.constants[n]) for n in node.input if n in graph.constants}
     fed = [n for n in dict.fromkeys(node.input) if n and n not in fixed]
     inputs = [helper.make_tensor_value_info(n, _type(stream[n][0]), None) for n in fed]
     outputs = [helper.make_empty_tensor_value_info(n) for n in node.output]
-    kept = [numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in fixed.items()]
+    kept = [numpy_helper.from_array(np.asarray(v, order="C"), n) for n, v in fixed.items()]
     one = helper.make_graph([node], "one", inputs, outputs, kept)
     model = helper.make_model(one, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
     session = session_of(model.SerializeToString())
-    found = [session.run(None, {n: stream[n][i] for n in fed}) for i in range(len(next(iter(stream.values()))))]
+    batches = [{n: stream[n][i] for n in fed} for i in range(len(next(iter(stream.values()))))]
+    try:
+        found = [session.run(None, batch) for batch in batches]
+    except Exception as error:  # its exceptions have no common class of their own
+        raise UsageError(f"onnxruntime does not run {node.op_type} '{node.name}': {_line(error)}") from error
     return {name: [np.asarray(batch[k]) for batch in found] for k, name in enumerate(node.output)}
 
 
@@ -153,19 +161,23 @@ def _type(values: np.ndarray) -> int:
     return int(helper.np_dtype_to_tensor_dtype(values.dtype))
 
 
-def session_of(model: bytes, threads: int | None = None, optimized: bool = True) -> onnxruntime.InferenceSession:
-    """On the CPU, without warnings; torch's number of threads where none is given. optimized: whether onnxruntime may
+def session_of(model: bytes, optimized: bool = True) -> onnxruntime.InferenceSession:
+    """On the CPU, on torch's number of threads, without warnings. optimized: whether onnxruntime may
     change the graph.
 
     Raises:
         UsageError: onnxruntime does not take the graph.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # errors are raised
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own
-        raise UsageError(f"onnxruntime does not take the graph: {error}") from error
+        raise UsageError(f"onnxruntime does not take the graph: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -5,13 +5,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from featherweight.export.onnx import Exported
+from featherweight.export.onnx import OnnxExport
 
 _SAME = {"4 bit": ("int4", "uint4"), "8 bit": ("int8", "uint8"), "2 bit": ("int2", "uint2"), "fp32": ("fp32",)}
 _SAME |= {"fp16": ("fp16",)}
 
 
-def lines_of(found: Exported) -> list[Any]:
+def lines_of(found: OnnxExport) -> list[Any]:
     """Sizes, what is stored otherwise than in the .fw file, how near the outputs are, and what to know."""
     plain = f"{found.bytes / found.file_bytes:.2f} times the .fw file without entropy coding ({found.file_bytes:,})"
     said: list[Any] = [Text(f"{plain}, which ONNX has not; operator set {found.opset}", style="dim")]

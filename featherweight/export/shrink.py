@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featherweight.export.graph import name_batch
 from featherweight.export.nodes import BOOL, INT64, WORTH, Nodes
 from featherweight.export.passes import Graph, inner_graphs, replace_reads
 
@@ -76,10 +77,7 @@ def shrink(proto: Any, about: Mapping[str, str]) -> None:
             value.ClearField("doc_string")
             value.ClearField("metadata_props")
         del inner.value_info[:]
-    for value in (*graph.input, *graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = "batch"
+    name_batch(graph)
     for field in ("doc_string", "metadata_props"):
         graph.ClearField(field)
         proto.ClearField(field)

@@ -2,7 +2,7 @@
 numbers. Needs onnx."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,13 +21,15 @@ CUT_OFF = ("Relu", "Clip")
 class Structure:
     """nodes: in an order in which they can run. constants: values of initializers, by name. rounded: tensors that lie
     on a grid, each with the name of the tensor whose grid it is (itself, unless its values only moved). cut: outputs of
-    Relu and Clip -> the tensor before, where the end of a grid does what they do. model: where all this comes from."""
+    Relu and Clip -> the tensor before, where the end of a grid does what they do. computed: outputs of the nodes that
+    compute on whole numbers. model: where all this comes from."""
 
     model: ModelProto
     nodes: tuple[NodeProto, ...]
     constants: dict[str, np.ndarray]
     rounded: dict[str, str]
     cut: dict[str, str]
+    computed: frozenset[str]
 
     @property
     def inputs(self) -> list[str]:
@@ -41,6 +43,10 @@ class Structure:
         """The output of a node, after what cuts it off."""
         own = node.output[0]
         return next((after for after, before in self.cut.items() if before == own), own)
+
+    def computes(self, node: NodeProto) -> bool:
+        """Whether a node computes on whole numbers."""
+        return node.output[0] in self.computed
 
 
 def attribute(node: NodeProto, name: str, otherwise: Any = None) -> Any:
@@ -88,7 +94,9 @@ def structure(model: ModelProto) -> Structure:
     readers = Counter(n for node in nodes for n in node.input)
     maker = {n: node for node in nodes for n in node.output}
     ends = {o.name for o in graph.output}
-    computed = [n for n in nodes if computable(n, constants)]
+    floats = _floats(model)
+    computed = [n for n in nodes if _computable(n, constants, floats)]
+    names = frozenset(n.output[0] for n in computed)
     cut: dict[str, str] = {}
     for node in nodes:
         before = maker.get(node.input[0]) if node.input else None
@@ -109,19 +117,20 @@ def structure(model: ModelProto) -> Structure:
         for name in node.input[: 1 if node.op_type in WEIGHTED else None]:
             put(name)
         own = after.get(node.output[0], node.output[0])
-        if not (node.op_type in ("Gemm", "MatMul") and (own in ends or _leaves(own, nodes, ends, constants))):
+        if not (node.op_type in ("Gemm", "MatMul") and (own in ends or _leaves(own, nodes, names, constants))):
             put(own)
-    return Structure(model, nodes, constants, rounded, cut)
+    return Structure(model, nodes, constants, rounded, cut, names)
 
 
-def computable(node: NodeProto, constants: Mapping[str, np.ndarray]) -> bool:
-    """Whether a node can compute on whole numbers: all its activations are activations, its weight is a constant."""
+def _computable(node: NodeProto, constants: Mapping[str, np.ndarray], floats: Collection[str]) -> bool:
+    """Whether a node can compute on whole numbers: all its activations are activations, its weight is a constant.
+    floats: tensors that are known to be float32; shapes are added and joined as well, and no grid holds them."""
     if node.op_type not in COMPUTED:
         return False
     if node.op_type not in WEIGHTED:
-        return all(n and n not in constants for n in node.input)
-    weight, floats = constants.get(node.input[1]), node.input[0] not in constants
-    if weight is None or not floats or weight.dtype != np.float32:
+        return node.output[0] in floats and all(n and n not in constants for n in node.input)
+    weight = constants.get(node.input[1])
+    if weight is None or node.input[0] in constants or weight.dtype != np.float32:
         return False
     if node.op_type == "Gemm":
         plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and not attribute(
@@ -152,11 +161,13 @@ def _moved_from(origin: str, nodes: Sequence[NodeProto], constants: Mapping[str,
     return found
 
 
-def _leaves(name: str, nodes: Sequence[NodeProto], ends: set[str], constants: Mapping[str, np.ndarray]) -> bool:
+def _leaves(
+    name: str, nodes: Sequence[NodeProto], computed: Collection[str], constants: Mapping[str, np.ndarray]
+) -> bool:
     """Whether nothing but nodes that stay in float reads a tensor."""
     moved = _moved_from(name, nodes, constants)
     readers = [n for n in nodes if any(m in n.input for m in moved) and not _moves(n, constants)]
-    return not any(computable(n, constants) for n in readers)
+    return not any(n.output[0] in computed for n in readers)
 
 
 def _cuts_at_zero(node: NodeProto, constants: Mapping[str, np.ndarray]) -> bool:
@@ -198,6 +209,13 @@ def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
     graph = onnx.shape_inference.infer_shapes(model).graph
     known = [v for v in (*graph.input, *graph.value_info, *graph.output) if v.type.tensor_type.HasField("shape")]
     return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in known}
+
+
+def _floats(model: ModelProto) -> frozenset[str]:
+    """Tensors that are known to be float32."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    known = (*graph.input, *graph.value_info, *graph.output)
+    return frozenset(v.name for v in known if v.type.tensor_type.elem_type == TensorProto.FLOAT)
 
 
 def _fold_norms(graph: Any, constants: dict[str, TensorProto]) -> None:

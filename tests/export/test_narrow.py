@@ -116,7 +116,7 @@ def widths(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def outputs(model: onnx.ModelProto, x: torch.Tensor) -> list[np.ndarray]:
-    return session_of(model.SerializeToString(), 1).run(None, {model.graph.input[0].name: x.numpy()})
+    return session_of(model.SerializeToString()).run(None, {model.graph.input[0].name: x.numpy()})
 
 
 def narrowed(net: nn.Module, x: torch.Tensor, monkeypatch) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,8 +13,12 @@ import featherweight as fw
 from featherweight.artifact import fill
 from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
+from featherweight.export import graph as graphs
 from featherweight.export import onnx as exporting
+from featherweight.export.graph import check_graph, fix_batch, name_batch
+from featherweight.export.int8 import int8_graph
 from featherweight.export.parity import in_onnxruntime
+from featherweight.export.passes import Graph
 from featherweight.recipe import recipe_of
 from tests import nets
 
@@ -220,6 +225,25 @@ def test_a_fixed_batch_size_is_told(tmp_path):
     assert {p.samples for p in found.parity} == {3}
 
 
+def test_only_the_batch_is_called_so():
+    dims = {"x": ["s1", 4], "z": ["s2"], "y": ["5*s1", 4], "same": ["s1"]}
+    known = {k: onnx.helper.make_tensor_value_info(k, 1, v) for k, v in dims.items()}
+
+    def graph():
+        own = onnx.helper.make_graph([], "g", [known["x"], known["z"]], [known["y"], known["same"]])
+        return onnx.helper.make_model(own)
+
+    def found(model):
+        sides = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.input, *model.graph.output)}
+        return {k: [d.dim_param or d.dim_value for d in own] for k, own in sides.items()}
+
+    named, fixed = graph(), graph()
+    name_batch(named.graph)
+    fix_batch(fixed, 3)
+    assert found(named) == {"x": ["batch", 4], "z": ["batch_2"], "y": [0, 4], "same": ["batch"]}
+    assert found(fixed) == {"x": [3, 4], "z": [3], "y": [0, 4], "same": [3]}
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -234,10 +258,64 @@ def test_what_torch_cannot_export_is_refused_in_one_line(tmp_path):
         exported(Branching().eval(), {"method": "rtn", "bits": 8}, torch.randn(3, 4), tmp_path / "net.onnx")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_than_float32_are_refused_and_float_helps(dtype, tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 3)).to(dtype).eval(), torch.randn(3, 4)
+    artifact = fw.compress(net, x.to(dtype), recipe=recipe_of({"method": "rtn", "bits": 8})).artifact
+    for export in (fw.export_onnx, fw.export_int8):
+        with pytest.raises(UsageError, match=r"'0.weight' is float(16|64): export model.float\(\)"):
+            export(artifact, net, [Batch((x.to(dtype),), {})], tmp_path / "net.onnx")
+    assert fw.export_onnx(artifact, net.float(), Batch((x,), {}), tmp_path / "net.onnx").left == {}
+
+
+def test_an_lstm_with_projections_is_refused_by_name(tmp_path):
+    net = nn.ModuleDict({"speech": nn.LSTM(4, 6, proj_size=3)})
+    for export in (fw.export_onnx, fw.export_int8):
+        with pytest.raises(UsageError, match=r"^'speech' is an LSTM with projections \(proj_size=3\), for which"):
+            export(fw.compress(nn.Linear(4, 3)).artifact, net, [torch.zeros(2, 4)], tmp_path / "net.onnx")
+
+
+def test_a_graph_that_is_none_or_too_large_is_an_error_in_one_line(monkeypatch):
+    constant = onnx.numpy_helper.from_array(np.zeros(1000, np.float32), "c")
+    y = onnx.helper.make_tensor_value_info("y", 1, [1000])
+    node = onnx.helper.make_node("Neg", ["c"], ["y"])
+    right, wrong = (
+        onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [y], [constant]))
+        for nodes in ([node], [node] * 2)
+    )
+    check_graph(right)
+    with pytest.raises(FormatError, match=r"^the exported graph is no valid ONNX: ValidationError: .*$"):
+        check_graph(wrong)
+    monkeypatch.setattr(graphs, "LARGEST", 3000)
+    with pytest.raises(UsageError, match=r"takes 0.00 GB in ONNX, .* at most: export a .pt2 file$"):
+        check_graph(right)
+    with pytest.raises(UsageError, match=r"at most: export a .pt2 file$"):
+        int8_graph(right, None, [{}])
+
+
+def test_a_file_made_for_speed_is_told_of_export_int8(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(8, 4)
+    recipe = recipe_of({"method": "rtn", "bits": 8, "activations": 8})
+    fw.compress(net, x, recipe=recipe, about={"for": "speed"}).save(tmp_path / "small.fw")
+    found = fw.export_onnx(tmp_path / "small.fw", net, x, tmp_path / "net.onnx")
+    assert any("export_int8" in note for note in found.notes)
+    assert fw.export_int8(tmp_path / "small.fw", net, x, tmp_path / "int8.onnx").exact == 1
+
+
 def test_missing_packages_print_the_install_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UsageError, match=r"pip install onnx onnxscript onnxruntime"):
         exported(nets.tiny(), {"method": "rtn", "bits": 8}, example("tiny"), tmp_path / "net.onnx")
+
+
+def test_a_constant_that_is_a_number_stays_one():
+    graph = Graph(onnx.GraphProto())
+    graph.put("one", np.array(3.0, np.float32))
+    graph.put("turned", np.arange(6.0).reshape(2, 3).T)
+    assert graph.array("one").shape == ()
+    assert graph.array("turned").tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 @pytest.fixture
