@@ -38,12 +38,13 @@ WORTH = 32  # bytes that an operator takes in the file, about: less is not worth
 @dataclass(slots=True)
 class Nodes:
     """What was built: operators and constants, `onnx.NodeProto` and `onnx.TensorProto`. opset: the lowest that knows
-    them. Equal constants are one. tight: whether codes of 2, 4 and 8 bits may be packed into fewer, too, which no
-    runtime reads as integers of these types."""
+    them; latest: the last that may be used. Equal constants are one. tight: whether codes of 2, 4 and 8 bits may be
+    packed into fewer, too, which no runtime reads as integers of these types."""
 
     nodes: list[Any] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
     opset: int = 18
+    latest: int = max(_OPSETS.values())
     tight: bool = False
     known: dict[tuple[Any, ...], str] = field(default_factory=dict)
     count: int = 0
@@ -104,16 +105,19 @@ class Nodes:
 
     def unsigned(self, codes: Tensor, bits: int, name: str = "", least: int = 2) -> str:
         """Codes from 0 to 2**bits - 1 as a constant of 2, 4 or 8 bits each, whichever fits, not under `least`."""
-        width = next(w for w in (2, 4, 8) if w >= max(bits, least))
+        width = self._width(max(bits, least))
         self.opset = max(self.opset, _OPSETS[width])
         return self.raw(_UNSIGNED[width], codes.shape, pack(codes, width).numpy().tobytes(), name)
 
     def signed(self, codes: Tensor, bits: int, name: str = "") -> str:
         """The same as signed numbers: code - 2**(bits - 1)."""
-        width = next(w for w in (2, 4, 8) if w >= bits)
+        width = self._width(bits)
         self.opset = max(self.opset, _OPSETS[width])
         turned = (codes.int() - 2 ** (bits - 1)) & (2**width - 1)
         return self.raw(_SIGNED[width], codes.shape, pack(turned, width).numpy().tobytes(), name)
+
+    def _width(self, bits: int) -> int:
+        return next(w for w in (2, 4, 8) if w >= bits and _OPSETS[w] <= self.latest)
 
     def planes(self, codes: Tensor, bits: int, name: str = "") -> str:
         """Codes as a uint8 value of their shape, from constants of exactly as many bits: bytes of 8, 4, 2 or 1 codes

@@ -190,7 +190,7 @@ def _built(
         value = own.write(b, factors.get(name), read_as, name)
         values[name if turn is None else turn.value] = value
         rows.append(Row(name, own.stored, _form(b, value), b.size - before))
-    opset = max(b.opset, FIRST_OPSET)
+    opset = b.latest = max(b.opset, FIRST_OPSET)
     if opset > FIRST_OPSET:
         proto = converted(proto, opset)
     missing = [n for n in found.inputs() if n not in present]

@@ -219,6 +219,24 @@ class Fixed(nn.Module):
         return torch.stack([self.layer(row) * k for k, row in enumerate(x)])
 
 
+class Ordered(nn.Module):
+    """Has whole numbers that would fit into four bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(256, 3)
+        self.register_buffer("order", torch.randperm(16).repeat(16))
+
+    def forward(self, x):
+        return self.last(self.first(x)[:, self.order])
+
+
+def test_constants_take_no_type_that_the_set_of_operators_lacks(tmp_path):
+    artifact = fw.compress(Ordered(), torch.randn(32, 6), recipe=recipe_of({"method": "rtn", "bits": 8})).artifact
+    found = fw.export_onnx(artifact, Ordered(), torch.randn(4, 6), tmp_path / "net.onnx")
+    assert found.opset == 20
+
+
 def test_a_fixed_batch_size_is_told(tmp_path):
     _, found = exported(Fixed().eval(), {"method": "rtn", "bits": 8}, torch.randn(3, 4), tmp_path / "net.onnx")
     assert any("batch size is fixed at 3" in note for note in found.notes)
