@@ -11,9 +11,7 @@ from torch import nn
 from featherweight.data import Batch
 from featherweight.errors import FormatError
 from featherweight.export.graph import quiet
-from featherweight.export.parity import Runner, arrays_of, outputs_of, paired, tensors_in
-
-FAR = 0.25  # of an output's root mean square, or of its whole numbers: a difference that is more than rounding
+from featherweight.export.parity import FAR, Runner, arrays_of, outputs_of, paired, tensors_in
 
 _NOTHING = np.array([1e-300, 1e-300, 0.0])  # by which one can divide
 

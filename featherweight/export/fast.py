@@ -30,7 +30,7 @@ from featherweight.export.graph import (
     graph_of,
     name_batch,
 )
-from featherweight.export.parity import ROUNDED, arrays_of, compared, in_onnxruntime
+from featherweight.export.parity import arrays_of, compared, in_onnxruntime
 from featherweight.proof import replaced
 from featherweight.solve import Progress
 
@@ -142,7 +142,7 @@ def _fixed(proto: Any, network: nn.Module, sample: Batch) -> str | None:
         path = Path(folder) / "float.onnx"
         path.write_bytes(proto.SerializeToString())
         try:
-            compared(path, network, [sample], ROUNDED, False)
+            compared(path, network, [sample], True, False)
         except FormatError as error:
             return str(error)
     return None

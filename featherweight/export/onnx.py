@@ -37,7 +37,7 @@ from featherweight.export.graph import (
 )
 from featherweight.export.links import Turn, linked
 from featherweight.export.nodes import Nodes
-from featherweight.export.parity import ROUNDED, TOLERANCE, Parity, compared
+from featherweight.export.parity import Parity, compared
 from featherweight.export.passes import Graph, cleaned, fold_norms, readers_of, replace_reads, turn_gates
 from featherweight.export.rounding import round_inputs
 from featherweight.export.shrink import pack_constants, shrink
@@ -128,12 +128,11 @@ def export_onnx(
     opset = proto.opset_import[0].version
     if opset >= TWO_BITS:
         notes.append("OpenVINO does not read 2-bit integers, and was not tried")
-    tolerance = ROUNDED if found.inputs() else TOLERANCE
     with replaced(Path(path)) as place:
 
         def checked(batch: Batch) -> tuple[Parity, ...]:
             place.write_bytes(proto.SerializeToString(deterministic=True))
-            return compared(place, network, [batch], tolerance, opset < TWO_BITS)
+            return compared(place, network, [batch], bool(found.inputs()), opset < TWO_BITS)
 
         progress("export", 2, 3)
         parity = checked(example)

@@ -17,7 +17,7 @@ from featherweight.errors import FormatError, UsageError
 from featherweight.export.graph import INSTALL, bound, quiet
 
 TOLERANCE = 1e-4  # of the largest output: float32 sums are taken in other orders
-ROUNDED = 0.1  # the same where inputs are rounded: a last bit decides between two points, and later layers see it
+FAR = 0.25  # of an output's root mean square, where inputs are rounded: a last bit decides between two points, and more
 
 _EXACT: dict[str, Any] = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -49,13 +49,14 @@ def check_installed() -> None:
 
 
 def compared(
-    path: Path, network: nn.Module, examples: Sequence[Batch], tolerance: float, openvino: bool
+    path: Path, network: nn.Module, examples: Sequence[Batch], rounded: bool, openvino: bool
 ) -> tuple[Parity, ...]:
-    """Run a file and the network on the examples.
+    """Run a file and the network on the examples. rounded: whether the network rounds inputs of layers, for which
+    root mean squares are compared.
 
     Raises:
         UsageError: onnxruntime is missing.
-        FormatError: a runtime does not run the file, or an output differs by more than `tolerance`.
+        FormatError: a runtime does not run the file, or an output differs by more than TOLERANCE, or FAR.
     """
     runners = {"onnxruntime": in_onnxruntime(path)}
     if openvino and importlib.util.find_spec("openvino") is not None:
@@ -66,7 +67,7 @@ def compared(
             expected = [t.detach().cpu().double().numpy() for t in tensors_in(example.run(network))]
         for runtime, run in runners.items():
             given = outputs_of(runtime, run, arrays_of(network, example))
-            difference = _difference(runtime, expected, given, tolerance)
+            difference = _difference(runtime, expected, given, rounded)
             found.append(Parity(runtime, example.size, difference))
     return tuple(found)
 
@@ -124,22 +125,32 @@ def away(expected: Any, found: Any) -> Any:
     return far
 
 
-def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], tolerance: float) -> float:
+def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], rounded: bool) -> float:
     largest = 0.0
     for k, (a, b) in enumerate(paired(runtime, expected, given)):
         if a.size == 0:
             continue
         far = away(a, b)
         worst = float(far.max())
-        if worst > tolerance:
-            first = tuple(int(i) for i in np.argwhere(far > tolerance)[0])
+        mean = rounded and worst < np.inf
+        judged, allowed = (_off(a, b), FAR) if mean else (worst, TOLERANCE)
+        if judged > allowed:
+            first = tuple(int(i) for i in np.argwhere(far == worst)[0])
             values = f"{float(b[first]):.7g}, in torch {float(a[first]):.7g}"
+            size = "of the root mean square" if mean else "of the largest output"
             raise FormatError(
                 f"the exported network computes something else in {runtime}: output {k} at {first} is {values}; "
-                f"largest difference {worst:.2g} of the largest output, allowed {tolerance:g}"
+                f"difference {judged:.2g} {size}, allowed {allowed:g}"
             )
         largest = max(largest, worst)
     return largest
+
+
+def _off(expected: Any, found: Any) -> float:
+    """Root mean square of the difference, relative to that of what is expected; of finite entries."""
+    finite = np.isfinite(expected) & np.isfinite(found)
+    a, b = (np.asarray(x, np.float64)[finite] for x in (expected, found))
+    return float(np.sqrt(np.square(a - b).sum() / max(np.square(a).sum(), 1e-300)))
 
 
 def in_onnxruntime(path: Path) -> Runner:

@@ -15,6 +15,7 @@ from featherweight.data import Batch
 from featherweight.errors import FormatError, UsageError
 from featherweight.export import graph as graphs
 from featherweight.export import onnx as exporting
+from featherweight.export import parity
 from featherweight.export.graph import check_graph, fix_batch, name_batch
 from featherweight.export.int8 import int8_graph
 from featherweight.export.parity import in_onnxruntime
@@ -387,3 +388,14 @@ def test_a_real_lstm_takes_what_our_file_takes(zoo, tmp_path):
     found = fw.export_onnx(artifact, model, Batch((data.tensors[0][:8],), {}), tmp_path / "net.onnx")
     assert found.operators["LSTM"] == 1
     assert found.bytes <= 1.02 * found.file_bytes
+
+
+def test_rounded_inputs_are_compared_by_root_mean_square():
+    expected = torch.tensor([[3.0, -4.0, 0.0, 0.0]])
+    near, far = expected + torch.tensor([0.0, 0.0, 0.9, 0.0]), expected + torch.tensor([0.0, 0.0, 1.4, 0.0])
+    example = [expected.numpy()]
+    assert parity._difference("it", example, [near.numpy()], True) == pytest.approx(0.9 / 4)
+    with pytest.raises(FormatError, match="0.28 of the root mean square, allowed 0.25"):
+        parity._difference("it", example, [far.numpy()], True)
+    with pytest.raises(FormatError, match="of the largest output, allowed 0.0001"):
+        parity._difference("it", example, [near.numpy()], False)
