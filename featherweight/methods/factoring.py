@@ -30,7 +30,7 @@ from featherweight.methods.refine import COLS, INNER, Problem, marginal, refined
 from featherweight.stats import LayerStats
 from featherweight.weights import Dense, Factors, Grid
 from featherweight.weights.base import float_type
-from featherweight.weights.factors import matrix_of
+from featherweight.weights.factors import heavy, matrix_of
 
 CHOICES = {"lowrank": ("rows", "cols"), "best": ("rows", "cols", "spatial", "tucker")}
 SWEEPS = 10  # of alternating least squares on data, at most
@@ -125,15 +125,18 @@ class Factorize:
         whys = [forms.refusal(name, kernel) for name in names]
         if all(whys):
             return whys[0]
-        smaller = [f.numbers < shape[0] * shape[1] for f in self._forms(shape, taps)]
-        return "" if any(smaller) or self.ranks == "vbmf" else "its factors would have no fewer numbers"
+        smaller = [f for f in self._forms(shape, taps) if f.numbers < shape[0] * shape[1]]
+        if not smaller:
+            return "" if self.ranks == "vbmf" else "its factors would have no fewer numbers"
+        possible = any(not heavy(f.axes, f.terms, f.sizes) for f in smaller)
+        return "" if possible else "multiplying its factors out would need far more memory than the matrix; keep less"
 
     def solve(self, w: Tensor, stats: LayerStats) -> Solution:
         shape, seen, taps = (w.shape[0], w.shape[1]), usable(stats), stats.taps
         if why := self.refusal(shape, taps, stats.blocks):
             return Plain(f"kept as it is: {why}").solve(w, stats)
         exact = w.detach().double().contiguous()
-        tried = [f for f in self._forms(shape, taps) if f.numbers < w.numel()]
+        tried = [f for f in self._forms(shape, taps) if f.numbers < w.numel() and not heavy(f.axes, f.terms, f.sizes)]
         if self.ranks == "vbmf":
             kernel = self._kernel(taps)
             every = {n: vbmf.ranks_of(n, exact, kernel) for n in self._names(kernel)}

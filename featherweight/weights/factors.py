@@ -165,6 +165,11 @@ def plan(terms: tuple[str, ...], sizes: tuple[tuple[str, int], ...], out: str) -
     return found
 
 
+def heavy(axes: str, terms: Sequence[str], sizes: Mapping[str, int]) -> bool:
+    """Whether the contraction needs far more memory than what it makes."""
+    return largest(axes, terms, sizes) > LARGEST * max(prod(sizes[x] for x in axes), 2**16)
+
+
 def _said(shape: tuple[int, int], meta: Meta) -> tuple[str, tuple[str, ...], dict[str, int]]:
     """Axes, terms and sizes of the metadata, checked."""
     axes, terms, sizes, factors = (meta.get(x) for x in ("axes", "terms", "sizes", "factors"))
@@ -198,5 +203,5 @@ def _check(shape: tuple[int, int], axes: str, terms: Sequence[str], sizes: Mappi
     entries = shape[0] * shape[1]
     if prod(sizes[x] for x in axes) != entries:
         raise FormatError(f"field 'sizes': the axes {axes!r} do not multiply to {entries} entries")
-    if largest(axes, terms, sizes) > LARGEST * max(entries, 2**16):
+    if heavy(axes, terms, sizes):
         raise FormatError("field 'terms': the contraction needs far more memory than the matrix")

@@ -358,3 +358,13 @@ def test_ranks_that_stand_out_are_found_for_whatever_form_needs_the_fewest_numbe
     sizes = {n: sum(t.numel() for t in weight.tensors().values()) for n, weight in own.items()}
     assert sizes["lowrank"] == min(sizes["rows"], sizes["cols"])
     assert sizes["best"] <= sizes["lowrank"] < w.numel() / 2
+
+
+def test_a_ring_too_heavy_to_multiply_out_is_refused_with_the_reason():
+    ring = Factorize("tr", 0.5)
+    assert "far more memory" in ring.refusal((1280, 320), 1, 1)
+    assert replace(ring, keep=0.3).refusal((1280, 320), 1, 1) == ""
+    w = weights(1280, 320, 6).float()
+    solution = ring.solve(w, LayerStats.white(320))
+    assert isinstance(solution.weight, Dense)
+    assert solution.remark.startswith("kept as it is: multiplying its factors out")
