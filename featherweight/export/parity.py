@@ -18,6 +18,7 @@ from featherweight.export.graph import INSTALL, bound, quiet
 
 TOLERANCE = 1e-4  # of the largest output: float32 sums are taken in other orders
 FAR = 0.25  # of an output's root mean square, where inputs are rounded: a last bit decides between two points, and more
+MORE_BITS = "; where inputs have few bits, sums that differ in the last place can grow to this: give --activations more"
 
 _EXACT: dict[str, Any] = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -140,7 +141,7 @@ def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], rou
             size = "of the root mean square" if mean else "of the largest output"
             raise FormatError(
                 f"the exported network computes something else in {runtime}: output {k} at {first} is {values}; "
-                f"difference {judged:.2g} {size}, allowed {allowed:g}"
+                f"difference {judged:.2g} {size}, allowed {allowed:g}{MORE_BITS * mean}"
             )
         largest = max(largest, worst)
     return largest
