@@ -74,6 +74,7 @@ FILES = {  # network: (calibration, test, training data, (settings, of finetunin
             (FEWER, "--epochs 13 --learning-rate 3e-4 --precision bf16"),
             (FEWER, "--epochs 30 --learning-rate 1e-3 --labels 0.3 --norms batch --precision bf16"),
             (FEWER, "--epochs 12 --learning-rate 1e-3 --mix 0.5 --norms batch --precision bf16"),
+            (FEWER, "--epochs 4 --learning-rate 1e-3 --labels 0.3 --norms batch --precision bf16"),
             (FASTER, "--epochs 4 --learning-rate 1e-3 --labels 0.3 --norms batch --precision bf16"),
         ),
     ),

@@ -96,26 +96,25 @@ def share_of(target: str | int, dense: int | None, what: str) -> int:
     return int(count)
 
 
-def microseconds(target: str, dense: int | None) -> int:
-    """What a target for latency allows: `4ms`, `800us` or `0.5s`, or `0.7x` or `70%` of the dense network's. dense: see
-    `share_of`.
+def microseconds(target: str, dense: int) -> int:
+    """What a target for latency allows: `4ms`, `800us` or `0.5s`, or `0.7x` or `70%` of the dense network's.
 
     >>> microseconds("4ms", 9000), microseconds("0.5x", 9000)
     (4000, 4500)
 
     Raises:
-        UsageError: another form, zero, or more than the dense network takes.
+        UsageError: another form, zero, or a share of more than the dense network.
     """
     match = _TIME.fullmatch(str(target))
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"a target for latency is a time such as 4ms, or a share such as 0.7x or 70%, got {target!r}")
     value, unit = float(match[1]), match[2]
     whole = {"x": 1.0, "%": 100.0}.get(unit)
-    found = value * _TIMES[unit] if whole is None else value / whole * (dense or 1)
-    if found > (max(dense, 1) if dense is not None else 1 if whole else math.inf):
-        most = "" if dense is None else f", {dense:,} µs"
-        raise UsageError(f"a target for latency must be at most what the dense network takes{most}, got {target!r}")
-    return int(found)
+    if whole is None:
+        return int(value * _TIMES[unit])
+    if value > whole:
+        raise UsageError(f"a target for latency must be at most what the dense network takes, got {target!r}")
+    return int(value / whole * dense)
 
 
 @final
@@ -177,7 +176,7 @@ class Goal:
             if value is not None:
                 share_of(value, None, what)
         if self.latency is not None:
-            microseconds(self.latency, None)
+            microseconds(self.latency, 1)
 
     def words(self) -> dict[str, str | int]:
         """The limits as they were given, by the option of the command line that says the same."""
