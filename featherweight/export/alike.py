@@ -11,7 +11,7 @@ from torch import nn
 from featherweight.data import Batch
 from featherweight.errors import FormatError
 from featherweight.export.graph import quiet
-from featherweight.export.parity import FAR, Runner, arrays_of, outputs_of, paired, tensors_in
+from featherweight.export.parity import FAR, Runner, arrays_of, outputs_of, paired, squares, tensors_in
 
 _NOTHING = np.array([1e-300, 1e-300, 0.0])  # by which one can divide
 
@@ -76,7 +76,7 @@ def _sums(expected: np.ndarray, given: np.ndarray) -> tuple[float, float]:
     """Squares of an output, and of how far it is off; of whole numbers 1 for each, and for each that is another one."""
     if expected.dtype.kind != "f":
         return float(expected.size), float((expected != given).sum())
-    return float((expected**2).sum()), float(((given.astype(np.float64) - expected) ** 2).sum())
+    return squares(expected, given)
 
 
 def _check(k: int, far: float, whole: bool = False) -> None:

@@ -148,10 +148,19 @@ def _difference(runtime: str, expected: Sequence[Any], given: Sequence[Any], rou
 
 
 def _off(expected: Any, found: Any) -> float:
-    """Root mean square of the difference, relative to that of what is expected; of finite entries."""
-    finite = np.isfinite(expected) & np.isfinite(found)
-    a, b = (np.asarray(x, np.float64)[finite] for x in (expected, found))
-    return float(np.sqrt(np.square(a - b).sum() / max(np.square(a).sum(), 1e-300)))
+    """Root mean square of the difference, relative to that of what is expected."""
+    whole, off = squares(expected, found)
+    return float(np.sqrt(off / max(whole, 1e-300)))
+
+
+def squares(expected: Any, found: Any) -> tuple[float, float]:
+    """The sum of the squares of what is expected, and of the difference, over finite entries. Entries that are NaN or
+    infinite in one, and not the same in the other, make the second infinite."""
+    a, b = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    finite = np.isfinite(a) & np.isfinite(b)
+    same = finite | (a == b) | (np.isnan(a) & np.isnan(b))
+    off = float(np.square(a[finite] - b[finite]).sum()) if same.all() else np.inf
+    return float(np.square(a[finite]).sum()), off
 
 
 def in_onnxruntime(path: Path) -> Runner:

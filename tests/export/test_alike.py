@@ -10,6 +10,7 @@ from featherweight.data import Batch, batches
 from featherweight.errors import FormatError
 from featherweight.export.alike import alike, alike_alone
 from featherweight.export.fast import export_int8
+from featherweight.export.parity import squares
 from featherweight.methods import Gptq, GridSpec
 from featherweight.recipe import Recipe
 
@@ -87,3 +88,10 @@ def test_a_fixed_batch_size_is_told(tmp_path):
     found = export_int8(artifact, net, [*batches(x, 3), Batch((x[:2],), {})], tmp_path / "int8.onnx", QUIET)
     assert found.samples == 6
     assert any("batch size is fixed at 3" in note for note in found.notes)
+
+
+def test_outputs_that_are_infinite_in_both_are_the_same():
+    expected = np.array([[3.0, -np.inf, 4.0, np.nan]])
+    assert squares(expected, np.array([[3.0, -np.inf, 3.0, np.nan]])) == (25.0, 1.0)
+    assert squares(expected, np.array([[3.0, np.inf, 4.0, np.nan]]))[1] == np.inf
+    assert squares(expected, np.array([[3.0, -np.inf, 4.0, 0.0]]))[1] == np.inf
