@@ -80,7 +80,10 @@ def _sums(expected: np.ndarray, given: np.ndarray) -> tuple[float, float]:
 
 
 def _check(k: int, far: float, whole: bool = False) -> None:
-    if not far <= FAR:
+    if not np.isfinite(far):
+        what = f"entries of output {k} are not finite in one of them"
+        raise FormatError(f"the int8 network computes something else than the network in torch: {what}")
+    if far > FAR:
         what = f"{far:.0%} of output {k} differ" if whole else f"output {k} is {far:.2f} of its root mean square away"
         what = f"{what}, allowed {FAR:.0%}" if whole else f"{what}, allowed {FAR:g}"
         raise FormatError(f"the int8 network computes something else than the network in torch: {what}")
